@@ -31,7 +31,8 @@ help: ## print this list
 
 # What the environment was made from: these files by content, the place of the checkout (the installation is
 # editable) and what setup.py reads from the environment. (Make has a CXX of its own, which nobody asked for.)
-inputs := constraints.txt pyproject.toml setup.py $(wildcard build_tools/*.py) $(sort $(wildcard csrc/*/*))
+compiled := $(sort $(shell find csrc -type f))
+inputs := constraints.txt pyproject.toml setup.py $(wildcard build_tools/*.py) $(compiled)
 asked_cxx := $(if $(filter-out default undefined,$(origin CXX)),$(CXX))
 choices := $(PYTORCH_EXT_CPU)|$(PYTORCH_EXT_CUDA)|$(TORCH_CUDA_ARCH_LIST)|$(asked_cxx)|$(CUDA_HOME)|$(TORCH_INDEX)
 key := $(shell { cat $(inputs); pwd; echo '$(choices)'; } | cksum)
@@ -77,8 +78,9 @@ test-extra: env ## only the slow ones
 	@$(call run_tests,full)
 	@$(if $(left_out),echo 'Left out$(patsubst ;%,:%,$(left_out)).')
 
-lint: env ## ruff
+lint: env ## ruff, and clang-format on csrc
 	@$(bin)/ruff check .
+	@printf '%s\n' $(filter %.h %.cpp %.cuh %.cu,$(compiled)) | xargs -r $(bin)/clang-format --dry-run -Werror
 
 clean: ## remove what builds and runs leave; the environment stays, and is installed anew at its next use
 	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,8 @@
 """Maps the folders of the repository to packages and compiles csrc/ with ninja. The rest: pyproject.toml.
 
-    python setup.py plan        what a build would compile here, with what and for what, or why not
+    python setup.py plan                  what a build would compile here, with what and for what, or why not
+    python setup.py build_ext --inplace   compiles what changed, into pytorch_ext/
+    python setup.py build_ext --sanitize  compiles a slow _cpu that stops at the first access out of bounds
 
 Read from the environment:
     PYTORCH_EXT_CPU=1|0         csrc/cpu  -> pytorch_ext/_cpu  (default: 1)
@@ -11,12 +13,14 @@ Read from the environment:
     MAX_JOBS                    how many compilers at once (default: one per core)
     CXX, CUDA_HOME              which compilers (default: g++ and nvcc on PATH)
 
-`_cpu` is pybind11 and ATen: it fits the torch and the Python that it was compiled with. `_cuda` uses the
+`_cpu` is pybind11 and ATen: it fits the torch and the Python that it was compiled with. Its vector code in
+csrc/cpu/isa is compiled once for each instruction set, and the best is chosen when it runs. `_cuda` uses the
 stable ABI of LibTorch alone, so that nvcc can compile it beside a torch without CUDA; CUDAExtension of
 torch.utils.cpp_extension refuses that, so nvcc is called here directly. Whether the build machine has a GPU
 is never asked. A build that was asked for and cannot be made is one error that says what is missing.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -24,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import setuptools
@@ -52,7 +57,7 @@ rule cxx
   command = {cxx} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
-  description = compile $in
+  description = compile $in$for
 rule nvcc
   command = {nvcc} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -74,20 +79,41 @@ def ninja_file(libraries: list[Library], targets: dict[str, Path], folder: Path)
     nvcc = find_nvcc()
     text = RULES.format(cxx=command(find_compiler() or []), nvcc=command([nvcc.path]) if nvcc else "nvcc")
     for library in libraries:
-        objects = []
-        for source in library.sources:
-            rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            objects.append(escaped(folder / library.name / f"{source.name}.o"))
-            text += f"build {objects[-1]}: {rule} {escaped(source)}\n"
-            text += f"  flags = {command(library.flags[rule])}\n"
+        place = folder / library.name
+        for made in library.objects:
+            needs = f" | {escaped(place / made.header)}" if made.header else ""
+            text += f"build {escaped(place / made.name)}: {made.rule} {escaped(made.source)}{needs}\n"
+            text += f"  flags = {command(made.flags)}\n"
+            text += f"  for = $ for {made.isa}\n" if made.isa else ""
+        objects = [escaped(place / made.name) for made in library.objects if made.name.endswith(".o")]
         text += f"build {escaped(targets[library.name])}: link {' '.join(objects)}\n"
-        text += f"  flags = {command(library.flags['link'])}\n"
+        text += f"  flags = {command(library.link_flags)}\n"
     return text
 
 
+@contextlib.contextmanager
+def only_one_build_in(folder: Path) -> Iterator[None]:
+    """ninja has no lock of its own, and two of them would write into the same objects."""
+    import fcntl  # Windows has none, and compiles nothing
+
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class BuildExt(build_ext):
+    user_options = [
+        *build_ext.user_options,
+        ("sanitize", None, "compile _cpu with AddressSanitizer and UndefinedBehaviorSanitizer"),
+    ]
+    boolean_options = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = False
+
     def run(self) -> None:
-        libraries = plan()
+        libraries = plan(self.sanitize)
         print(in_words(libraries), flush=True)
         refuse_what_cannot_be_built(libraries)
         if self.inplace:
@@ -103,16 +129,24 @@ class BuildExt(build_ext):
                     leftover.unlink()
 
     def build_extensions(self) -> None:
-        libraries = [library for library in plan() if library.is_built]
-        folder = ROOT / "build" / "ninja" / str(sysconfig.get_config_var("SOABI"))
+        libraries = [library for library in plan(self.sanitize) if library.is_built]
+        kind = "-sanitize" if self.sanitize else ""
+        folder = ROOT / "build" / "ninja" / f"{sysconfig.get_config_var('SOABI')}{kind}"
         folder.mkdir(parents=True, exist_ok=True)
         wanted = {ext.name.split(".")[-1]: Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions}
         targets = {name: folder / path.name for name, path in wanted.items()}
+        with only_one_build_in(folder):
+            self.compile(libraries, targets, folder)
+            self.put_in_place(targets, wanted)
+
+    def compile(self, libraries: list[Library], targets: dict[str, Path], folder: Path) -> None:
         (folder / "build.ninja").write_text(ninja_file(libraries, targets, folder))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         done = subprocess.run([find_ninja() or "ninja", "-C", str(folder), "-j", jobs], check=False)
         if done.returncode:
             raise SystemExit("error: compiling csrc/ failed; the compiler's own messages are above.")
+
+    def put_in_place(self, targets: dict[str, Path], wanted: dict[str, Path]) -> None:
         for name, path in wanted.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(targets[name]), str(path))

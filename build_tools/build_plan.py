@@ -1,11 +1,13 @@
 """What a build compiles, what it leaves out and why, and what is missing. The environment: see setup.py."""
 
 import os
+import platform
 import re
 import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from toolchain import (
     Nvcc,
@@ -17,10 +19,34 @@ from toolchain import (
     find_nvcc,
     find_torch,
     host_compiler_flags,
+    output_of,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_TORCH = (2, 11)
+
+# Each file of csrc/cpu/isa is compiled once for each of these; what the processor has is asked when it runs.
+INSTRUCTION_SETS = {
+    "plain": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+# What is undefined or out of bounds ends the process with a report, and does so in every instruction set.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+# With them the code around the matrix unit runs on processors without one too.
+SANITIZED = [*SANITIZERS, "-DPYTORCH_EXT_EMULATE_AMX"]
+
+
+class Object(NamedTuple):
+    name: str  # its file, below the folder of the library's objects
+    source: Path
+    rule: str  # of ninja: cxx or nvcc
+    flags: list[str]
+    isa: str = ""  # one of INSTRUCTION_SETS, of an object of csrc/cpu/isa
+    header: str = ""  # the precompiled header that it includes, which is an object too
 
 
 @dataclass
@@ -30,20 +56,22 @@ class Library:
     tools: str = ""  # compiled with what, for what
     left_out: list[str] = field(default_factory=list)  # why it is not built
     missing: list[str] = field(default_factory=list)  # it was asked for: why it cannot be built
-    flags: dict[str, list[str]] = field(default_factory=dict)  # by rule of ninja: cxx, nvcc, link
+    objects: list[Object] = field(default_factory=list)
+    link_flags: list[str] = field(default_factory=list)
 
     @property
     def is_built(self) -> bool:
         return not self.left_out
 
 
-def plan() -> list[Library]:
+def plan(sanitize: bool = False) -> list[Library]:
     torch = find_torch()
-    return [plan_cpu(torch), plan_cuda(torch)]
+    return [plan_cpu(torch, sanitize), plan_cuda(torch)]
 
 
-def plan_cpu(torch: Torch | None) -> Library:
+def plan_cpu(torch: Torch | None, sanitize: bool = False) -> Library:
     library = Library("_cpu", sources_in("cpu", ".cpp"))
+    vector_code = sources_in("cpu/isa", ".cpp")
     if switch("PYTORCH_EXT_CPU", "1", "0") == "0":
         library.left_out.append("PYTORCH_EXT_CPU=0 switches it off")
     if not sys.platform.startswith("linux"):
@@ -53,25 +81,74 @@ def plan_cpu(torch: Torch | None) -> Library:
 
     compiler = find_compiler()
     library.tools = f"{compiler[0] if compiler else 'g++ (not found)'}, against {torch_in_words(torch)}"
+    if vector_code:
+        library.tools += f"; those of csrc/cpu/isa once for each of {', '.join(instruction_sets())}"
     if not library.is_built:
         return library
+    library.sources += vector_code
     library.missing = missing_for_cxx(torch)
     python = sysconfig.get_path("include")
     if not Path(python, "Python.h").exists():
         library.missing.append(f"Python's headers in {python} (Debian, Ubuntu: apt install python3-dev)")
     if torch and not library.missing:
-        library.flags["cxx"] = [
-            "-std=c++20",  # as torch compiles extensions of its own
-            *("-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall"),
-            *(f"-I{ROOT / 'csrc/cpu'}", *torch.include_flags, "-isystem", python),
+        flags = [
+            *common_flags(sanitize),
+            *("-fopenmp", *torch.include_flags, "-isystem", python),
             # The library records the torch that it fits, and is not loaded under another.
             *("-DTORCH_EXTENSION_NAME=_cpu", f'-DPYTORCH_EXT_TORCH_VERSION="{torch.version}"'),
         ]
-        library.flags["link"] = [
-            *("-shared", "-fopenmp", f"-L{torch.folder / 'lib'}"),
-            *("-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"),
+        library.objects = [
+            *objects_with_torch(compiler, flags),
+            *objects_by_instruction_set(vector_code, sanitize),
+        ]
+        library.link_flags = [
+            *("-shared", "-fopenmp", *(SANITIZERS if sanitize else [])),
+            *(f"-L{torch.folder / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"),
         ]
     return library
+
+
+def common_flags(sanitize: bool) -> list[str]:
+    """Of all of csrc/cpu. C++20 is what torch compiles extensions of its own with."""
+    # -g1: the lines that a report names; where each variable lies is not needed, and costs time to find out.
+    speed = ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZED] if sanitize else ["-O3"]
+    only_plain = ["-DPYTORCH_EXT_ONLY_PLAIN"] if list(instruction_sets()) == ["plain"] else []
+    own_headers = f"-I{ROOT / 'csrc/cpu'}"
+    return ["-std=c++20", *speed, "-fPIC", "-fvisibility=hidden", "-Wall", own_headers, *only_plain]
+
+
+def objects_with_torch(compiler: list[str], flags: list[str]) -> list[Object]:
+    """Torch's headers take most of the time that each file takes, so g++ reads them once. (clang has other names.)"""
+    header, objects = "", []
+    if "Free Software Foundation" in output_of(*compiler, "--version"):
+        header = "module.h.gch"
+        source = ROOT / "csrc/cpu/module.h"
+        objects.append(Object(header, source, "cxx", [*flags, "-x", "c++-header"]))
+        flags = [*flags, "-include", "_cpu/module.h"]  # as ninja's folder has it
+    sources = sources_in("cpu", ".cpp")
+    return [*objects, *(Object(f"{s.name}.o", s, "cxx", flags, header=header) for s in sources)]
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """The names and the flags that this architecture has."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return INSTRUCTION_SETS
+    return {"plain": []}
+
+
+def objects_by_instruction_set(sources: list[Path], sanitize: bool) -> list[Object]:
+    """Without the include paths of torch: a template of ATen or of the STL that were compiled here with AVX-512
+    could become the one that the linker keeps for the whole library, and end it on an older processor."""
+    flags = [
+        *common_flags(sanitize),
+        *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"),
+        "-Wno-maybe-uninitialized",  # which the headers of GCC 12 for AVX-512 bring upon themselves
+    ]
+    return [
+        Object(f"isa/{source.name}.{isa}.o", source, "cxx", [*flags, *own, f"-DPYTORCH_EXT_ISA={isa}"], isa)
+        for source in sources
+        for isa, own in instruction_sets().items()
+    ]
 
 
 def plan_cuda(torch: Torch | None) -> Library:
@@ -110,10 +187,15 @@ def plan_cuda(torch: Torch | None) -> Library:
             *("-isystem", sysconfig.get_path("include")),
         ]
         hidden = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        library.flags["nvcc"] = [*common, *hidden, *host_compiler_flags(), *gencode]
         cuda_headers = ["-isystem", str(nvcc.home / "include")]
-        library.flags["cxx"] = [*common, "-fPIC", "-fvisibility=hidden", *cuda_headers]
-        library.flags["link"] = [
+        flags = {
+            "nvcc": [*common, *hidden, *host_compiler_flags(), *gencode],
+            "cxx": [*common, "-fPIC", "-fvisibility=hidden", *cuda_headers],
+        }
+        for source in library.sources:
+            rule = "nvcc" if source.suffix == ".cu" else "cxx"
+            library.objects.append(Object(f"{source.name}.o", source, rule, flags[rule]))
+        library.link_flags = [
             *("-shared", f"-L{torch.folder / 'lib'}", "-ltorch_cpu"),
             *(f"-L{cudart}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"),
         ]

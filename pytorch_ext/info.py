@@ -25,6 +25,8 @@ from . import backends
 from ._version import __version__
 from .backends._choice import ENVIRONMENT
 from .backends._registry import ops
+from .backends.cpu import CAP
+from .backends.cpu import isa as isa_of_kernels
 
 PACKAGES = (
     *("triton", "transformers", "tokenizers", "safetensors", "accelerate", "peft"),
@@ -80,20 +82,19 @@ class Info:
         gpus = [f"{g['name']}, {g['capability']}, {g['memory_gib']} GiB" for g in self.gpus]
         built = [f"{name}: {path or 'not built'}" for name, path in self.libraries.items()]
         asked = self.asked_for
+        cap = _setting(CAP, system["kernels_cap"])
         unknown = "" if asked["name"] in ("auto", *backends.names()) else ", which is no backend: ops raise"
-        environment = (
-            f"{ENVIRONMENT}={asked['environment']}" if asked["environment"] else f"{ENVIRONMENT} is not set"
-        )
         return [
             *_entry("os", str(system["os"])),
             *_entry("processor", f"{system['processor']}{cores}"),
             *_entry(
                 "instruction sets", ", ".join(system["instruction_sets"]) or "none that the kernels look for"
             ),
+            *_entry("cpu kernels use", f"{system['kernels_use'] or 'none'} ({cap})"),
             *_entry("torch uses", f"{system['torch_uses']}, {system['threads']} threads"),
             *_entry("GPUs", *(gpus or ["none that PyTorch can use"])),
             *_entry("compiled", *built),
-            *_entry("backend", f"{asked['name']}{unknown} ({environment})"),
+            *_entry("backend", f"{asked['name']}{unknown} ({_setting(ENVIRONMENT, asked['environment'])})"),
         ]
 
     def _table(self) -> list[str]:
@@ -157,6 +158,8 @@ def _system() -> dict:
         "processor": found.get("cpu_name") or platform.processor() or platform.machine(),
         "cores": found.get("num_physical_cores"),
         "instruction_sets": [name for name in INSTRUCTION_SETS if found.get(name)],
+        "kernels_use": isa_of_kernels(),
+        "kernels_cap": os.environ.get(CAP),
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -234,6 +237,10 @@ def _in_words(of_device: dict[str, str]) -> str:
     if len(set(of_device.values())) == 1:
         return next(iter(of_device.values()))
     return ", ".join(f"{name} on {device}" for device, name in of_device.items())
+
+
+def _setting(name: str, value: str | None) -> str:
+    return f"{name}={value}" if value else f"{name} is not set"
 
 
 def _entry(label: str, *texts: str, indent: int = 20, width: int = 98) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pytorch_ext import backends, info
+from pytorch_ext.backends import cpu
 from pytorch_ext.info import Info, report
 
 
@@ -65,6 +66,16 @@ def test_who_was_asked_for(monkeypatch):
         assert report().asked_for["name"] == "reference"
     monkeypatch.setenv("PYTORCH_EXT_BACKEND", "cuda")
     assert "PYTORCH_EXT_BACKEND=cuda" in str(report())
+
+
+def test_which_instruction_set_the_kernels_use(monkeypatch):
+    monkeypatch.setenv(cpu.CAP, "avx2")
+    found = report()
+    assert found.system["kernels_cap"] == "avx2"
+    assert found.system["kernels_use"] == cpu.isa()
+    assert f"{cpu.isa() or 'none'} (PYTORCH_EXT_CPU_ISA=avx2)" in str(found)
+    monkeypatch.delenv(cpu.CAP)
+    assert "(PYTORCH_EXT_CPU_ISA is not set)" in str(report())
 
 
 def raises(error):

@@ -6,18 +6,21 @@ A module or package of this folder whose name has no leading underscore is a bac
 - ``kernels()``: its table, from ``"<op>_fwd"`` and ``"<op>_bwd"`` (``native``: from ``"<op>"``) to callables;
 - ``why_not(op, *tensors)``: the reasons, as sentences, why it cannot run ``op`` on ``tensors``; empty if it can.
   ``torch.compile`` traces it: plain Python over what the tensors say of themselves, and, where it asks the machine,
-  functions marked with ``_requirements.fact``.
+  functions marked with ``_requirements.fact``;
+- if it lays weights out for inference, ``drop_layouts(weights)`` and ``layout_bytes(weights)``.
 """
 
 from ._choice import BackendError, choose, requested, use
-from ._registry import available, explain, kernel, names, why_not
+from ._registry import available, drop_layouts, explain, kernel, layout_bytes, names, why_not
 
 __all__ = [
     "BackendError",
     "available",
     "choose",
+    "drop_layouts",
     "explain",
     "kernel",
+    "layout_bytes",
     "names",
     "requested",
     "use",

@@ -60,6 +60,18 @@ def _has_kernel(name: str, op: str) -> bool:
     return (op if name == "native" else f"{op}_fwd") in backend(name).kernels()
 
 
+def drop_layouts(weights: list[Tensor]) -> None:
+    """Lets every backend that lays weights out for inference forget what it made of these."""
+    for found in _BACKENDS.values():
+        if hasattr(found, "drop_layouts"):
+            found.drop_layouts(weights)
+
+
+def layout_bytes(weights: list[Tensor]) -> int:
+    """The size of what the backends have laid out for these weights, in bytes."""
+    return sum(b.layout_bytes(weights) for b in _BACKENDS.values() if hasattr(b, "layout_bytes"))
+
+
 def available() -> list[str]:
     """The backends that can run at least one op here, with tensors on their own kind of device."""
     return [name for name in names() if any(not why_not(name, op) for op in ops())]

@@ -1,5 +1,6 @@
 """The build: what it says, what it refuses, and that it compiles what it must and no more."""
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,11 +10,37 @@ import pytest
 MODULE = """
 #include <pybind11/pybind11.h>
 int answer();
+namespace pytorch_ext {
+namespace plain { int width(); }
+namespace avx2 { int width(); }
+namespace avx512 { int width(); }
+}
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("answer", &answer);
+  m.attr("plain") = pytorch_ext::plain::width();
+#ifndef PYTORCH_EXT_ONLY_PLAIN
+  m.attr("avx2") = pytorch_ext::avx2::width();
+  m.attr("avx512") = pytorch_ext::avx512::width();
+#endif
   m.attr("torch_version") = PYTORCH_EXT_TORCH_VERSION;
 }
 """
+# With a name of its own for every instruction set. A header of torch is not to be found from here.
+WIDTH = """
+#if __has_include(<torch/version.h>) || __has_include(<pybind11/pybind11.h>)
+#error
+#endif
+namespace pytorch_ext::PYTORCH_EXT_ISA {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+int width() { return 512; }
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+int width() { return 256; }
+#else
+int width() { return 128; }
+#endif
+}
+"""
+WIDTHS = {"plain": 128, "avx2": 256, "avx512": 512} if platform.machine() == "x86_64" else {"plain": 128}
 ANSWER = '#include "answer.h"\nint answer() { return 42; }\n'
 
 CUDA_OP = """
@@ -52,7 +79,7 @@ runpy.run_path("setup.py", run_name="__main__")
 def compiled_files(done: subprocess.CompletedProcess) -> set[str]:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if "] compile " in line]
-    return {Path(line.rpartition(" ")[2]).name for line in lines}
+    return {line.rpartition("/")[2] for line in lines}
 
 
 def assert_one_clear_error(done: subprocess.CompletedProcess, *expected: str) -> None:
@@ -74,6 +101,8 @@ def tree_with_sources(bare_tree) -> Path:
     (tree / "csrc/cpu/answer.h").write_text("#pragma once\nint answer();\n")
     (tree / "csrc/cpu/answer.cpp").write_text(ANSWER)
     (tree / "csrc/cpu/module.cpp").write_text(MODULE)
+    (tree / "csrc/cpu/isa").mkdir()
+    (tree / "csrc/cpu/isa/width.cpp").write_text(WIDTH)
     return tree
 
 
@@ -130,6 +159,26 @@ class TestWithSources:
         assert done.returncode == 0, done.stderr
         assert "pytorch_ext._cpu: not built, because PYTORCH_EXT_CPU=0 switches it off." in done.stdout
 
+    def test_instruction_sets(self, tree, run_python):
+        done = run_python(tree, "setup.py", "-q", "plan")
+        assert "pytorch_ext._cpu: 3 source files, compiled by" in done.stdout
+        assert f"those of csrc/cpu/isa once for each of {', '.join(WIDTHS)}." in done.stdout
+
+    def test_another_architecture_has_plain_code_alone(self, tree, run_python):
+        code = (
+            "import platform, sys\n"
+            "platform.machine = lambda: 'aarch64'\n"
+            "sys.path.insert(0, 'build_tools')\n"
+            "from build_plan import plan\n"
+            "objects = plan()[0].objects\n"
+            "print(*(made.name for made in objects))\n"
+            "print({'-DPYTORCH_EXT_ONLY_PLAIN' in made.flags for made in objects})"
+        )
+        done = run_python(tree, "-c", code)
+        names, only_plain = done.stdout.splitlines()
+        assert names.split() == ["answer.cpp.o", "module.cpp.o", "isa/width.cpp.plain.o"], done.stderr
+        assert only_plain == "{True}"
+
     def test_architectures(self, tree, run_python):
         if shutil.which("nvcc") is None:
             pytest.skip("nvcc is not on PATH")
@@ -152,7 +201,8 @@ class TestWithSources:
         import torch
 
         build = ["setup.py", "-q", "build_ext", "--inplace"]
-        assert compiled_files(run_python(tree, *build)) == {"answer.cpp", "module.cpp"}
+        everything = {"answer.cpp", "module.cpp", *(f"width.cpp for {isa}" for isa in WIDTHS)}
+        assert compiled_files(run_python(tree, *build)) == everything
         assert compiled_files(run_python(tree, *build)) == set()
 
         (library,) = (tree / "pytorch_ext").glob("_cpu.*.so")
@@ -161,10 +211,11 @@ class TestWithSources:
             "spec = importlib.util.spec_from_file_location('_cpu', sys.argv[1])\n"
             "module = importlib.util.module_from_spec(spec)\n"
             "spec.loader.exec_module(module)\n"
-            "print(module.answer(), module.torch_version)"
+            "print(module.answer(), module.torch_version)\n"
+            f"print(*(getattr(module, isa) for isa in {list(WIDTHS)}))"
         )
         done = run_python(tree, "-c", code, str(library))
-        assert done.stdout.split() == ["42", torch.__version__], done.stderr
+        assert done.stdout.split() == ["42", torch.__version__, *map(str, WIDTHS.values())], done.stderr
 
         (tree / "csrc/cpu/answer.cpp").write_text(ANSWER.replace("42", "43"))
         assert compiled_files(run_python(tree, *build)) == {"answer.cpp"}
@@ -172,7 +223,7 @@ class TestWithSources:
 
         (tree / "csrc/cpu/answer.h").write_text("#pragma once\nint answer();  // a header counts too\n")
         assert compiled_files(run_python(tree, *build)) == {"answer.cpp"}
-        assert compiled_files(run_python(tree, *build, CXX="g++ -g0")) == {"answer.cpp", "module.cpp"}
+        assert compiled_files(run_python(tree, *build, CXX="g++ -g0")) == everything
 
         wheel = ["setup.py", "-q", "bdist_wheel", "--dist-dir", "dist"]
         done = run_python(tree, *wheel, CXX="g++ -g0")

@@ -16,7 +16,8 @@ def built(copy_repository, run_python, tmp_path_factory):
     """The wheel and the sdist of the tree, and the wheel of the sdist."""
     folder = tmp_path_factory.mktemp("built")
     tree = copy_repository(folder / "tree")
-    (tree / "csrc/cpu/only_in_this_test.h").write_text("// headers must be in the sdist\n")
+    (tree / "csrc/cpu/isa").mkdir(exist_ok=True)
+    (tree / "csrc/cpu/isa/only_in_this_test.h").write_text("// headers must be in the sdist\n")
 
     def build(source: Path, *what: str, into: Path) -> None:
         command = ["-m", "build", "--no-isolation", *what, "--outdir", str(into), str(source)]
@@ -76,7 +77,7 @@ def test_the_wheel_of_the_sdist_is_the_wheel_of_the_tree(built):
 def test_the_sdist_can_build_and_test(built):
     for name in ("constraints.txt", "Makefile", "LICENSE", "build_tools", "tests/house/test_wheel.py"):
         assert (built.unpacked / name).exists(), name
-    assert (built.unpacked / "csrc/cpu/only_in_this_test.h").exists()
+    assert (built.unpacked / "csrc/cpu/isa/only_in_this_test.h").exists()
 
 
 def test_it_installs_and_imports_from_another_folder(built, run_python, tmp_path):
