@@ -9,12 +9,17 @@ from .precision import compute_dtype, stored
 
 
 def linear_fwd(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep_preactivation: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    keep_preactivation: bool,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor]:
     """``(out, preactivation)``; the second is empty unless it is asked for.
 
     ``weight`` is ``(out_features, in_features)``; ``activation`` is ``"none"``, ``"relu"``, ``"gelu"`` or
-    ``"gelu_tanh"``.
+    ``"gelu_tanh"``. ``frozen`` says that the weight takes no gradient, so that a backend may keep a layout of it.
     """
     dtype = compute_dtype(input, weight)
     x = input.to(dtype) @ weight.to(dtype).T

@@ -207,7 +207,9 @@ def _hidden(output: Tensor | tuple) -> Tensor:
 def _query_key_value(layer: nn.Module, parts: BertLayerParts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each ``(*, heads, head_dim)``, from one product where that can be had without a gradient."""
     three = (parts.query, parts.key, parts.value)
-    if all(map(bypass.plain_linear, three)) and all(m.bias is not None for m in three):
+    # Where PyTorch multiplies: kernels of ours lay each weight out by themselves.
+    together = choose("linear", x) == "native"
+    if together and all(map(bypass.plain_linear, three)) and all(m.bias is not None for m in three):
         tensors = (*(m.weight for m in three), *(m.bias for m in three))
         if not _needs_grad(x, *tensors) and not torch.compiler.is_compiling() and can_lay_out(*tensors):
             weight, bias = laid_out(layer, "qkv", tensors, _concatenated)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..backends import drop_layouts, layout_bytes
+
 SAMPLES = 64
 
 
@@ -67,13 +69,19 @@ def can_lay_out(*weights: Tensor) -> bool:
 
 
 def drop(model: nn.Module) -> None:
+    drop_layouts([*model.parameters(), *_made_for(model)])
     for module in model.modules():
         _layouts.pop(module, None)
 
 
 def size_in_bytes(model: nn.Module) -> int:
-    layouts = (layout for m in model.modules() for layout in _layouts.get(m, {}).values())
-    return sum(t.nbytes for layout in layouts for t in layout.tensors)
+    """Of those made here, and of those that the kernels have made of them or of the model's own weights."""
+    made = _made_for(model)
+    return sum(t.nbytes for t in made) + layout_bytes([*model.parameters(), *made])
+
+
+def _made_for(model: nn.Module) -> list[Tensor]:
+    return [t for m in model.modules() for layout in _layouts.get(m, {}).values() for t in layout.tensors]
 
 
 def _key(weight: Tensor) -> tuple:

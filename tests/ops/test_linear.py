@@ -109,8 +109,8 @@ def test_opcheck(kernel_backend, layout, activation, device_of):
     x, w, dout = layout(x), layout(w), layout(torch.randn(6, 4, device=x.device))
     keep = activation != "none"
     b = b if keep else None
-    torch.library.opcheck(linear_fwd, (x, w, b, activation, keep, kernel_backend))
-    _, preactivation = linear_fwd(x, w, b, activation, keep, kernel_backend)
+    torch.library.opcheck(linear_fwd, (x, w, b, activation, keep, False, kernel_backend))
+    _, preactivation = linear_fwd(x, w, b, activation, keep, False, kernel_backend)
     torch.library.opcheck(linear_bwd, (dout, x, w, b, preactivation, activation, kernel_backend))
 
 

@@ -1,0 +1,142 @@
+// embedding_layer_norm: dropout(layer_norm(word[ids] + token_type[...] + position[...])), and its gradients.
+
+#include "embedding_layer_norm.h"
+
+#include "rng.h"
+#include "row_work.h"
+
+namespace pytorch_ext {
+namespace {
+
+// A table and the ids that look it up, one for each row.
+struct Lookup {
+    Tensor table, ids;
+
+    Lookup(const OptionalTensor& table_, const OptionalTensor& ids_, at::IntArrayRef rows,
+           at::ScalarType dtype) {
+        if (!table_ || !table_->defined()) return;
+        table = table_->to(dtype).contiguous();
+        ids = ids_->expand(rows).to(at::kLong).contiguous();
+    }
+    const void* data() const { return table.defined() ? table.const_data_ptr() : nullptr; }
+    const int64_t* id() const { return table.defined() ? ids.const_data_ptr<int64_t>() : nullptr; }
+};
+
+// In which the tables are added up: under autocast they may be of two.
+at::ScalarType widest(const Tensor& word, const OptionalTensor& position, const OptionalTensor& token_type) {
+    auto dtype = word.scalar_type();
+    for (const OptionalTensor& table : {position, token_type})
+        if (table && table->defined()) dtype = at::promote_types(dtype, table->scalar_type());
+    return dtype;
+}
+
+// Everything that forward and backward have in common. It keeps alive what `embeddings` points to.
+struct Inputs {
+    at::ScalarType dtype;
+    Lookup word, token_type, position;
+    std::optional<Dropout> dropout;
+    Embeddings embeddings;
+
+    Inputs(const Tensor& input_ids, const OptionalTensor& token_type_ids, const OptionalTensor& position_ids,
+           const Tensor& word_, const OptionalTensor& position_, const OptionalTensor& token_type_,
+           const OptionalTensor& rng, double dropout_p)
+        : dtype(widest(word_, position_, token_type_)),
+          word(word_, input_ids, input_ids.sizes(), dtype),
+          token_type(token_type_, token_type_ids, input_ids.sizes(), dtype),
+          position(position_, position_ids, input_ids.sizes(), dtype),
+          dropout(make_dropout(rng, dropout_p)),
+          embeddings{word.data(),
+                     token_type.data(),
+                     position.data(),
+                     word.id(),
+                     token_type.id(),
+                     position.id(),
+                     dropout ? &*dropout : nullptr,
+                     word_.size(1),
+                     dtype_of(word.table)} {}
+    Inputs(const Inputs&) = delete;
+};
+
+std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
+    const Tensor& input_ids, const OptionalTensor& token_type_ids, const OptionalTensor& position_ids,
+    const Tensor& word, const OptionalTensor& position, const OptionalTensor& token_type,
+    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& rng, double dropout_p,
+    double eps) {
+    const int64_t cols = word.size(1);
+    auto shape = input_ids.sizes().vec();
+    const Tensor mean = at::empty(shape, word.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+    shape.push_back(cols);
+    const Inputs inputs(input_ids, token_type_ids, position_ids, word, position, token_type, rng, dropout_p);
+    const Tensor out = at::empty(shape, word.options().dtype(inputs.dtype));
+    const Tensor w = as_floats(weight), b = as_floats(bias);
+    const EmbeddingLayerNorm a{inputs.embeddings,
+                               out.mutable_data_ptr(),
+                               mean.mutable_data_ptr<float>(),
+                               rstd.mutable_data_ptr<float>(),
+                               floats(w),
+                               floats(b),
+                               static_cast<float>(eps)};
+    parallel_rows(mean.numel(), cols, [&](int64_t first, int64_t rows) {
+        const std::unique_ptr<float[]> scratch(new float[cols]);
+        PYTORCH_EXT_CALL(embedding_layer_norm_rows, a, first, rows, scratch.get());
+    });
+    return {out.to(word.scalar_type()), mean, rstd};
+}
+
+// For each entry the rows that looked it up, as a list in rising order, and from that its gradient: nothing depends on
+// the order in which threads come. The entry `without` gets zeros.
+Tensor gradient_of(const OptionalTensor& table, const Lookup& lookup, const Tensor& dx,
+                   int64_t without = -1) {
+    if (!lookup.table.defined()) return at::empty({0}, dx.options());
+    const Tensor out = at::empty(table->sizes(), table->options());
+    const int64_t cols = out.size(1);
+    const int64_t entries = out.size(0), rows = lookup.ids.numel();
+    std::vector<int64_t> first(entries, -1), next(rows, -1);
+    for (int64_t row = rows - 1; row >= 0; --row) {
+        int64_t& head = first[lookup.id()[row]];
+        next[row] = head;
+        head = row;
+    }
+    if (without >= 0) first[without] = -1;
+    const TableGradient a{dx.const_data_ptr<float>(), first.data(), next.data(),
+                          out.mutable_data_ptr(),     cols,         dtype_of(out)};
+    const int64_t bytes = cols * out.itemsize();
+    parallel_rows(entries, cols, [&](int64_t begin, int64_t count) {
+        // All at once: for as much as this, memset goes past the caches.
+        std::memset(static_cast<char*>(out.mutable_data_ptr()) + begin * bytes, 0, count * bytes);
+        PYTORCH_EXT_CALL(table_gradient, a, begin, count);
+    });
+    return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
+    const Tensor& dout, const Tensor& input_ids, const OptionalTensor& token_type_ids,
+    const OptionalTensor& position_ids, const Tensor& word, const OptionalTensor& position,
+    const OptionalTensor& token_type, const Tensor& weight, const OptionalTensor& bias, const Tensor& mean,
+    const Tensor& rstd, const OptionalTensor& rng, double dropout_p, int64_t padding_idx) {
+    const int64_t cols = word.size(1);
+    const Inputs inputs(input_ids, token_type_ids, position_ids, word, position, token_type, rng, dropout_p);
+    const Tensor dy = dout.to(inputs.dtype).contiguous(), w = as_floats(weight);
+    const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+    const Tensor dx = at::empty(dy.sizes(), dy.options().dtype(at::kFloat));
+    const bool few_token_types = inputs.token_type.table.defined() && token_type->size(0) <= 8;
+    const EmbeddingLayerNormGradient a{inputs.embeddings, dy.const_data_ptr(), dx.mutable_data_ptr<float>(),
+                                       floats(means),     floats(rstds),       floats(w),
+                                       few_token_types};
+    const RowSums sums(means.numel(), few_token_types ? 2 + token_type->size(0) : 2, cols);
+    sums.add(8 * cols, [&](int64_t first, int64_t rows, float* partial, float* scratch) {
+        PYTORCH_EXT_CALL(embedding_layer_norm_gradient, a, first, rows, partial, scratch);
+    });
+    return {gradient_of(word, inputs.word, dx, padding_idx), gradient_of(position, inputs.position, dx),
+            few_token_types ? sums.of(2, token_type, dout) : gradient_of(token_type, inputs.token_type, dx),
+            sums.of(0, weight, dout), sums.of(1, bias, dout)};
+}
+
+const Definition definition([](pybind11::module_& m) {
+    using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+    m.def("embedding_layer_norm_fwd", embedding_layer_norm_fwd, release());
+    m.def("embedding_layer_norm_bwd", embedding_layer_norm_bwd, release());
+});
+
+}  // namespace
+}  // namespace pytorch_ext

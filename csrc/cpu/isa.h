@@ -1,0 +1,63 @@
+#pragma once
+
+// Which instruction set runs, and how a kernel that is compiled once for each of them is declared and called.
+// No ATen and no STL: the files in isa/ include this, and what they inline must be theirs alone.
+
+namespace pytorch_ext {
+
+// In rising order. amx is the code of avx512 beside matrix products by at::native::cpublas::brgemm.
+enum class Isa { plain, avx2, avx512, amx };
+
+// The one in use: the best that the processor has and PYTORCH_EXT_CPU_ISA allows.
+Isa current_isa();
+
+#ifdef PYTORCH_EXT_ONLY_PLAIN
+
+#define PYTORCH_EXT_KERNEL(name, ...) \
+    namespace plain {                 \
+    void name(__VA_ARGS__);           \
+    }
+#define PYTORCH_EXT_CALL(name, ...) ::pytorch_ext::plain::name(__VA_ARGS__)
+
+#else
+
+// Declares `void name(...)` in the namespace of every instruction set; isa/<op>.cpp defines it.
+#define PYTORCH_EXT_KERNEL(name, ...) \
+    namespace plain {                 \
+    void name(__VA_ARGS__);           \
+    }                                 \
+    namespace avx2 {                  \
+    void name(__VA_ARGS__);           \
+    }                                 \
+    namespace avx512 {                \
+    void name(__VA_ARGS__);           \
+    }
+
+#ifdef PYTORCH_EXT_EMULATE_AMX  // for tests: what stands around the matrix unit, on processors that have AVX2 alone
+#define PYTORCH_EXT_HAS_AVX512 (::pytorch_ext::current_isa() == ::pytorch_ext::Isa::avx512)
+#define PYTORCH_EXT_HAS_AVX2 (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx2)
+#else
+#define PYTORCH_EXT_HAS_AVX512 (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx512)
+#define PYTORCH_EXT_HAS_AVX2 (::pytorch_ext::current_isa() == ::pytorch_ext::Isa::avx2)
+#endif
+
+// Calls the one of the instruction set in use.
+#define PYTORCH_EXT_CALL(name, ...)                                    \
+    (PYTORCH_EXT_HAS_AVX512 ? ::pytorch_ext::avx512::name(__VA_ARGS__) \
+     : PYTORCH_EXT_HAS_AVX2 ? ::pytorch_ext::avx2::name(__VA_ARGS__)   \
+                            : ::pytorch_ext::plain::name(__VA_ARGS__))
+
+#endif
+
+// The element types of tensors. Kernels compute in float whatever they load and store.
+enum class Dtype { float32, bfloat16, float16 };
+
+struct bfloat16 {
+    unsigned short bits;
+};
+
+struct float16 {
+    unsigned short bits;
+};
+
+}  // namespace pytorch_ext

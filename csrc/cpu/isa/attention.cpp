@@ -1,0 +1,242 @@
+// Attention, forward: the online softmax of Dao et al. 2022 (FlashAttention, arXiv 2205.14135) over passes of keys. Of
+// up to LONGEST_PASS keys all scores of a query are there at once.
+
+#include "attention_tiles.h"
+#include "philox.h"
+
+namespace pytorch_ext::PYTORCH_EXT_ISA {
+namespace {
+
+// Queries of a block. Their scores stay in the first two levels of cache.
+template <class Engine>
+constexpr ptrdiff_t ROWS = Engine::M_STEP > 1 ? Engine::M_STEP : 4 * MR;
+
+// Of more keys than one pass takes, the blocks of a part keep their state from pass to pass; so there are few.
+template <class Engine>
+constexpr ptrdiff_t MOST_UNITS = LONGEST_PASS / ROWS<Engine>;
+
+template <class T, class Engine>
+struct ForwardTiles {
+    using Left = typename Engine::Left;
+    using Right = typename Engine::Right;
+
+    ptrdiff_t ld, sums_ld;
+    Right *keys, *values;
+    Left* queries;
+    float* scores;
+    Left* weights;                  // [ROWS][ld], over the scores where both are float
+    float *sums, *largest, *total;  // by unit: [ROWS][sums_ld], [ROWS], [ROWS]
+    float *mask, *factors;
+    T* finite;
+
+    ForwardTiles(const Attention& a, Arena& arena) {
+        const ptrdiff_t units = a.k_len > a.pass_keys ? a.part_units : 1;
+        ld = spread_rows(a.pass_keys);
+        sums_ld = round_up(a.value_dim, most(NR, Engine::N_STEP));
+        keys = arena.take<Right>(Engine::right_size(a.head_dim, a.pass_keys));
+        values = arena.take<Right>(Engine::right_size(a.pass_keys, a.value_dim));
+        queries = arena.take<Left>(LeftTile<T, Engine>::size(ROWS<Engine>, a.head_dim));
+        scores = arena.take(ROWS<Engine> * ld);
+        weights = sizeof(Left) == 4 ? (Left*)scores : arena.take<Left>(ROWS<Engine> * ld);
+        sums = arena.take(units * ROWS<Engine> * sums_ld);
+        largest = arena.take(units * ROWS<Engine>);
+        total = arena.take(units * ROWS<Engine>);
+        mask = arena.take(LONGEST_PASS + W);
+        factors = arena.take(a.dropout ? LONGEST_PASS + W : 0);
+        finite = arena.take<T>(a.causal || a.mask.kind != MaskKind::none ? a.pass_keys * a.value_dim : 0);
+    }
+};
+
+// weights[j] = e^(score - shift), and with dropout that times factors[j]; returns the sum without dropout. Behind the n
+// keys that the row may look at there are others to `end`, forbidden.
+template <bool MASKED, class Left>
+PX_INLINE float exponentials(Left* weights, const float* products, const float* mask, const float* factors,
+                             ptrdiff_t n, ptrdiff_t end, float scale, float shift) {
+    F total{};
+    each_score(n, [&](ptrdiff_t j, I live) {
+        const F x = scores_at<MASKED>(products, mask, j, set(scale), live) - shift;
+        F weight = exp(x);
+        total += live ? weight : F{};
+        if (factors) weight *= load(factors + j);
+        store(weights + j, live ? weight : set(FORBIDDEN));
+    });
+    for (ptrdiff_t j = round_up(n, W); j < end; ++j) store(weights + j, set(FORBIDDEN), 1);
+    return sum(total);
+}
+
+template <class T, class Engine>
+class ForwardItem {
+public:
+    ForwardItem(const Attention& a, ptrdiff_t item, float* scratch)
+        : a_(a), arena_(scratch), t_(a, arena_), s_(a, item / a.key_heads % a.batch) {
+        key_head_ = item % a.key_heads;
+        group_ = a.heads / a.key_heads;
+        blocks_ = (s_.q_len + ROWS<Engine> - 1) / ROWS<Engine>;
+        // Causal queries look at more keys the later they come: those first.
+        const ptrdiff_t part = a.parts - 1 - item / (a.batch * a.key_heads);
+        first_unit_ = part * a.part_units;
+        end_unit_ = least(first_unit_ + a.part_units, blocks_ * group_);
+    }
+
+    void run() {
+        if (first_unit_ >= end_unit_) return;
+        const Visible visible(a_, s_, key_head_ * group_, group_, t_.mask);
+        masked_ = visible.masked;
+        if (visible.keys == 0) {
+            for (ptrdiff_t unit = first_unit_; unit < end_unit_; ++unit) write_zeros(unit);
+            return;
+        }
+        const bool one_pass = visible.keys <= a_.pass_keys;
+        for (ptrdiff_t first = 0; first < visible.keys; first += a_.pass_keys) {
+            first_ = first;
+            keys_ = least(a_.pass_keys, visible.keys - first);
+            const T* values = lay_out();
+            for (ptrdiff_t unit = first_unit_; unit < end_unit_; ++unit) {
+                const ptrdiff_t q = unit % blocks_ * ROWS<Engine>, rows = least(ROWS<Engine>, s_.q_len - q);
+                const ptrdiff_t end = a_.causal ? least(visible.keys, q + rows) : visible.keys;
+                if (end <= first) continue;
+                const ptrdiff_t state = one_pass ? 0 : unit - first_unit_;
+                block(key_head_ * group_ + unit / blocks_, q, rows, end - first, values, state);
+                if (end <= first + keys_) write(key_head_ * group_ + unit / blocks_, q, rows, state);
+            }
+        }
+    }
+
+private:
+    // Returns the values as they are where some are not finite and a mask may forbid them, else null.
+    const T* lay_out() {
+        const T* keys = s_.keys<T>(a_.key, key_head_, first_);
+        const T* values = s_.keys<T>(a_.value, key_head_, first_);
+        const Finite<T> finite(values, a_.value.token, keys_, a_.value_dim, masked_ || a_.causal, t_.finite);
+        Engine::pack_transposed(t_.keys, keys, a_.key.token, a_.head_dim, keys_);
+        Engine::pack(t_.values, finite.data, finite.row, keys_, a_.value_dim);
+        return finite.changed ? values : nullptr;
+    }
+
+    // `end` keys of this pass may be looked at by some of the rows.
+    void block(ptrdiff_t head, ptrdiff_t q, ptrdiff_t rows, ptrdiff_t end, const T* not_finite,
+               ptrdiff_t state) {
+        end = least(end, keys_);
+        const LeftTile<T, Engine> queries(s_.queries<T>(a_.query, head, q), a_.query.token, rows, a_.head_dim,
+                                          t_.queries);
+        multiply<Engine>(queries.data, queries.ld, t_.keys, a_.head_dim, keys_, rows, end, a_.head_dim,
+                         t_.scores, t_.ld, false);
+        float* sums = t_.sums + state * ROWS<Engine> * t_.sums_ld;
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+            const ptrdiff_t n = a_.causal ? least(end, q + i + 1 - first_) : end;
+            softmax(head, q + i, n, end, i, state * ROWS<Engine> + i, sums + i * t_.sums_ld);
+        }
+        multiply<Engine>(t_.weights, t_.ld, t_.values, keys_, a_.value_dim, rows, a_.value_dim, end, sums,
+                         t_.sums_ld, first_ > 0);
+        if (not_finite)
+            add_not_finite(t_.weights, t_.weights, t_.ld, 1, not_finite, a_.value.token, rows, end,
+                           a_.value_dim, sums, t_.sums_ld);
+    }
+
+    // Row i of the tile: scores to weights, and the row's state to that after this pass.
+    void softmax(ptrdiff_t head, ptrdiff_t query, ptrdiff_t n, ptrdiff_t end, ptrdiff_t i, ptrdiff_t state,
+                 float* sums) {
+        const float* products = t_.scores + i * t_.ld;
+        typename Engine::Left* weights = t_.weights + i * t_.ld;
+        end = round_up(end, Engine::K_STEP);
+        float& largest = t_.largest[state];
+        float& total = t_.total[state];
+        if (masked_) mask_row(a_.mask, s_.batch, head, query, first_, n, t_.mask);
+        float* factors = nullptr;
+        if (a_.dropout) {
+            factors = t_.factors;
+            dropout_factors(factors, n, first_, query, s_.index * a_.heads + head, *a_.dropout);
+        }
+        float now = masked_ ? largest_score<true>(products, t_.mask, n, a_.scale)
+                            : largest_score<false>(products, nullptr, n, a_.scale);
+        if (first_ > 0 && !(now > largest)) now = largest;
+        const float shift = now == -INFINITE ? 0.0f : now;
+        const float sum =
+            masked_ ? exponentials<true>(weights, products, t_.mask, factors, n, end, a_.scale, shift)
+            : factors
+                ? exponentials<false>(weights, products, nullptr, factors, n, end, a_.scale, shift)
+                : exponentials<false>(weights, products, nullptr, (float*)nullptr, n, end, a_.scale, shift);
+        if (first_ > 0 && now != largest) {
+            float before;
+            store(&before, exp(set(largest - shift)), 1);
+            total *= before;
+            store_row(sums, sums, a_.value_dim, before);
+        }
+        total = first_ > 0 ? total + sum : sum;
+        largest = now;
+    }
+
+    void write(ptrdiff_t head, ptrdiff_t q, ptrdiff_t rows, ptrdiff_t state) {
+        float* lse = s_.lse(a_, head, q);
+        T* out = s_.queries<T>(a_.out, head, q);
+        const float* sums = t_.sums + state * ROWS<Engine> * t_.sums_ld;
+        for (ptrdiff_t i = 0; i < rows; ++i, sums += t_.sums_ld, out += a_.out.token) {
+            const float total = t_.total[state * ROWS<Engine> + i];
+            if (total == 0.0f && !attends_any(head, q + i)) {
+                lse[i] = -INFINITE;
+                fill(out, a_.value_dim, 0.0f);
+                continue;
+            }
+            lse[i] = t_.largest[state * ROWS<Engine> + i] + __builtin_logf(total);
+            store_row(out, sums, a_.value_dim, 1.0f / total);
+        }
+    }
+
+    bool attends_any(ptrdiff_t head, ptrdiff_t query) {
+        if (!masked_) return true;
+        for (ptrdiff_t first = 0; first < s_.k_len; first += LONGEST_PASS) {
+            const ptrdiff_t n = least(LONGEST_PASS, s_.k_len - first);
+            mask_row(a_.mask, s_.batch, head, query, first, n, t_.mask);
+            for (ptrdiff_t j = 0; j < n; ++j)
+                if (t_.mask[j] != -INFINITE) return true;
+        }
+        return false;
+    }
+
+    void write_zeros(ptrdiff_t unit) {
+        const ptrdiff_t head = key_head_ * group_ + unit / blocks_, q = unit % blocks_ * ROWS<Engine>;
+        for (ptrdiff_t i = q; i < least(q + ROWS<Engine>, s_.q_len); ++i) {
+            fill(s_.queries<T>(a_.out, head, i), a_.value_dim, 0.0f);
+            *s_.lse(a_, head, i) = -INFINITE;
+        }
+    }
+
+    const Attention& a_;
+    Arena arena_;
+    ForwardTiles<T, Engine> t_;
+    Sequence s_;
+    ptrdiff_t key_head_, group_, blocks_, first_unit_, end_unit_;
+    ptrdiff_t first_ = 0, keys_ = 0;  // of this pass
+    bool masked_ = false;
+};
+
+template <class T, class Engine>
+void plan(Attention& a) {
+    const ptrdiff_t pairs = a.batch * a.key_heads, rows = ROWS<Engine>;
+    const ptrdiff_t units = (a.q_len + rows - 1) / rows * (a.key_heads ? a.heads / a.key_heads : 0);
+    a.pass_keys = most(1, least(a.k_len, LONGEST_PASS));
+    // Every part lays the keys out anew; so no more parts than keep the threads busy.
+    const ptrdiff_t wanted =
+        a.threads == 1 || pairs >= 2 * a.threads ? 1 : (2 * a.threads - 1) / most(pairs, 1) + 1;
+    a.part_units = most(1, (units + wanted - 1) / wanted);
+    if (a.k_len > a.pass_keys) a.part_units = least(a.part_units, MOST_UNITS<Engine>);
+    a.parts = (units + a.part_units - 1) / a.part_units;
+    a.items = pairs * a.parts;
+    Arena arena(nullptr);
+    ForwardTiles<T, Engine> tiles(a, arena);
+    a.scratch = arena.used();
+}
+
+}  // namespace
+
+void plan_attention_forward(Attention& a) {
+    visit_engine(a, [&](auto* type, auto* engine) { plan<PX_TYPE(type), PX_TYPE(engine)>(a); });
+}
+
+void attention_forward(const Attention& a, ptrdiff_t item, float* scratch) {
+    visit_engine(a, [&](auto* type, auto* engine) {
+        ForwardItem<PX_TYPE(type), PX_TYPE(engine)>(a, item, scratch).run();
+    });
+}
+
+}  // namespace pytorch_ext::PYTORCH_EXT_ISA

@@ -1,0 +1,65 @@
+// layer_norm: layer normalisation over the last dimensions, and its gradient.
+
+#include "layer_norm.h"
+
+#include "row_work.h"
+
+namespace pytorch_ext {
+namespace {
+
+int64_t product(at::IntArrayRef sizes) { return c10::multiply_integers(sizes); }
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& input,
+                                                  const std::vector<int64_t>& normalized_shape,
+                                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                                  double eps) {
+    const auto outer = input.sizes().slice(0, input.dim() - normalized_shape.size());
+    const Tensor out = at::empty(input.sizes(), input.options());
+    const Tensor mean = at::empty(outer, input.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+    const Tensor x = input.contiguous(), w = as_floats(weight), b = as_floats(bias);
+    const int64_t cols = product(normalized_shape);
+    const LayerNorm a{x.const_data_ptr(),
+                      out.mutable_data_ptr(),
+                      mean.mutable_data_ptr<float>(),
+                      rstd.mutable_data_ptr<float>(),
+                      floats(w),
+                      floats(b),
+                      cols,
+                      static_cast<float>(eps),
+                      dtype_of(x)};
+    parallel_rows(mean.numel(), cols,
+                  [&](int64_t first, int64_t rows) { PYTORCH_EXT_CALL(layer_norm_rows, a, first, rows); });
+    return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, const Tensor& input,
+                                                  const std::vector<int64_t>& normalized_shape,
+                                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                                  const Tensor& mean, const Tensor& rstd) {
+    const Tensor dinput = at::empty(input.sizes(), input.options());
+    const Tensor dy = dout.contiguous(), x = input.contiguous(), w = as_floats(weight);
+    const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+    const int64_t cols = product(normalized_shape);
+    const LayerNormGradient a{dy.const_data_ptr(),
+                              x.const_data_ptr(),
+                              dinput.mutable_data_ptr(),
+                              floats(means),
+                              floats(rstds),
+                              floats(w),
+                              cols,
+                              dtype_of(x)};
+    const RowSums sums(means.numel(), 2, cols);
+    sums.add(0, [&](int64_t first, int64_t rows, float* partial, float*) {
+        PYTORCH_EXT_CALL(layer_norm_gradient, a, first, rows, partial);
+    });
+    return {dinput, sums.of(0, weight, dout), sums.of(1, bias, dout)};
+}
+
+const Definition definition([](pybind11::module_& m) {
+    using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+    m.def("layer_norm_fwd", layer_norm_fwd, release());
+    m.def("layer_norm_bwd", layer_norm_bwd, release());
+});
+
+}  // namespace
+}  // namespace pytorch_ext

@@ -1,0 +1,122 @@
+// linear: activation(input @ weight.T + bias) and its gradients.
+
+#include "linear.h"
+
+#include <string>
+
+#include "amx.h"
+#include "layouts.h"
+#include "product.h"
+
+namespace pytorch_ext {
+namespace {
+
+Activation activation_of(const std::string& name) {
+    if (name == "none") return Activation::none;
+    if (name == "relu") return Activation::relu;
+    if (name == "gelu") return Activation::gelu;
+    TORCH_CHECK_VALUE(name == "gelu_tanh", "activation: expected none, relu, gelu or gelu_tanh, got ", name);
+    return Activation::gelu_tanh;
+}
+
+Epilogue epilogue_to(const Tensor& out, int64_t row) {
+    return {nullptr, Activation::none, out.mutable_data_ptr(), nullptr, dtype_of(out), row};
+}
+
+std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                      const std::string& activation, bool keep_preactivation, bool frozen) {
+    const int64_t n = weight.size(0), k = weight.size(1);
+    auto shape = input.sizes().vec();
+    shape.back() = n;
+    const Tensor out = at::empty(shape, input.options());
+    const Tensor preactivation =
+        at::empty(keep_preactivation ? shape : std::vector<int64_t>{0}, input.options());
+    if (out.numel() == 0) return {out, preactivation};
+
+    const Tensor x = input.contiguous(), bias_floats = as_floats(bias);
+    const auto lay_out = [&](bool keep) {
+        return lay_out_right(transposed(matrix_of(weight.contiguous())), k, n, keep);
+    };
+    const Tensor panels = frozen ? laid_out(weight, [&] { return lay_out(true); }) : lay_out(false);
+    Epilogue epilogue = epilogue_to(out, n);
+    epilogue.bias = floats(bias_floats);
+    epilogue.activation = activation_of(activation);
+    if (keep_preactivation) epilogue.preactivation = preactivation.mutable_data_ptr();
+    multiply({x.const_data_ptr(), dtype_of(x), k, 1}, panels, out.numel() / n, n, k, epilogue);
+    return {out, preactivation};
+}
+
+// dz = dout * activation'(preactivation) and the sum of its rows in float. Without an activation dz is dout.
+std::tuple<Tensor, Tensor> gradient_of_sums(const Tensor& dout, const Tensor& preactivation,
+                                            Activation activation, bool with_sums) {
+    const int64_t rows = dout.size(0), cols = dout.size(1);
+    Tensor dz = dout;
+    Gradient gradient{
+        dout.const_data_ptr(), nullptr, dtype_of(dout), nullptr, Dtype::float32, activation, cols};
+    if (activation != Activation::none) {
+        // In float, unless the products that follow want 16 bits.
+        dz = at::empty({rows, cols}, dout.options().dtype(amx_multiplies(gradient.dtype) ? dout.scalar_type()
+                                                                                         : at::kFloat));
+        gradient.preactivation = preactivation.const_data_ptr();
+        gradient.dz = dz.mutable_data_ptr();
+        gradient.dz_dtype = dtype_of(dz);
+    } else if (!with_sums) {
+        return {dz, Tensor()};
+    }
+    // Sums over few rows at a time, then sums of those: always the same ones, however many threads there are.
+    constexpr int64_t CHUNK = 64;
+    const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+    const Tensor partial = at::zeros({chunks, cols}, dout.options().dtype(at::kFloat));
+    float* const sums = partial.mutable_data_ptr<float>();
+    at::parallel_for(
+        0, chunks, std::max<int64_t>(1, 32768 / (CHUNK * cols)), [&](int64_t begin, int64_t end) {
+            for (int64_t c = begin; c < end; ++c)
+                PYTORCH_EXT_CALL(linear_gradient, gradient, c * CHUNK, std::min(CHUNK, rows - c * CHUNK),
+                                 with_sums ? sums + c * cols : nullptr);
+        });
+    return {dz, with_sums ? partial.sum(0) : Tensor()};
+}
+
+// The matrix unit reads its left matrix by rows. Rows of few different lengths, zeros at their ends, because it has a
+// kernel for each length, and batches without padding come in every length.
+Tensor transposed_for_amx(const Tensor& dz) {
+    const Tensor columns = at::zeros({dz.size(1), round_up(dz.size(0), 1024)}, dz.options());
+    columns.narrow(1, 0, dz.size(0)).copy_(dz.t());
+    return columns;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& input, const Tensor& weight,
+                                              const OptionalTensor& bias, const Tensor& preactivation,
+                                              const std::string& activation) {
+    const int64_t n = weight.size(0), k = weight.size(1);
+    const Tensor dinput = at::empty(input.sizes(), input.options());
+    const Tensor dweight = at::empty({n, k}, weight.options());
+    const bool has_bias = bias && bias->defined();
+    if (dout.numel() == 0)
+        return {dinput.zero_(), dweight.zero_(),
+                has_bias ? at::zeros({n}, bias->options()) : at::empty({0}, dout.options())};
+    const int64_t m = dout.numel() / n;
+    const Tensor x = input.contiguous().view({m, k}), dy = dout.contiguous().view({m, n});
+    const auto [dz, sums] = gradient_of_sums(dy, preactivation, activation_of(activation), has_bias);
+
+    const Tensor rows = lay_out_right(matrix_of(weight.contiguous()), n, k, false);
+    multiply(matrix_of(dz), rows, m, k, n, epilogue_to(dinput, k));
+
+    const Tensor inputs = lay_out_right(matrix_of(x), m, k, false);
+    if (amx_multiplies(dtype_of(dz))) {
+        const Tensor columns = transposed_for_amx(dz);
+        multiply(matrix_of(columns), inputs, n, k, round_up(m, AMX_STEP), epilogue_to(dweight, k));
+    } else {
+        multiply(transposed(matrix_of(dz)), inputs, n, k, m, epilogue_to(dweight, k));
+    }
+    return {dinput, dweight, has_bias ? sums.to(bias->scalar_type()) : at::empty({0}, dout.options())};
+}
+
+const Definition definition([](pybind11::module_& m) {
+    using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+    m.def("linear_fwd", linear_fwd, release());
+    m.def("linear_bwd", linear_bwd, release());
+});
+
+}  // namespace
+}  // namespace pytorch_ext

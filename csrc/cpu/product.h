@@ -1,0 +1,30 @@
+#pragma once
+
+// Matrix products on the threads of PyTorch: the right matrix laid out, the result in blocks of rows and columns.
+
+#include "linear.h"
+#include "module.h"
+
+namespace pytorch_ext {
+
+// Products by AMX take k in steps: a left matrix whose columns are none is copied behind zeros.
+constexpr int64_t AMX_STEP = 32;
+
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// right[k][n] as products want it: in panels, or in VNNI blocks where `dtype` is multiplied by AMX. A layout that is kept
+// stays in the weight's own dtype; one for a single product is widened to float, which is then done once.
+Tensor lay_out_right(const Matrix& right, int64_t k, int64_t n, bool keep);
+
+// left[m][k] right[k][n] with its epilogue, `right` from lay_out_right.
+void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int64_t k,
+              const Epilogue& epilogue);
+
+// A tensor of two dimensions, contiguous, as a matrix or as its transpose.
+Matrix matrix_of(const Tensor& t);
+Matrix transposed(const Matrix& matrix);
+
+// Room for `n` floats that belongs to the calling thread until it asks for more.
+float* scratch_of_thread(size_t n);
+
+}  // namespace pytorch_ext
