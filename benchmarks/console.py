@@ -1,10 +1,12 @@
-"""Plain text for the benchmarks' terminals: a progress line and a table, nothing to install."""
+"""Plain text for the benchmarks' terminals: a progress line or bar and a table. Only the bar needs rich."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 class Progress:
@@ -33,6 +35,52 @@ class Progress:
 
     def _draw(self) -> None:
         print(f"\r\x1b[2K... {self._label} {'.' * (self._steps % 40)}", end="", file=sys.stderr, flush=True)
+
+
+class Bar:
+    """Progress over a known number of parts, drawn by rich on a terminal; else one line for each part."""
+
+    def __init__(self, total: int) -> None:
+        self._drawn = None
+        self._label, self._parts = "", -1
+        if sys.stderr.isatty():
+            with contextlib.suppress(ImportError):  # it comes with the extra `bench`
+                self._drawn = _rich(total)
+
+    def __enter__(self) -> Bar:
+        if self._drawn:
+            self._drawn.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._drawn:
+            self._drawn.stop()
+
+    def start(self, label: str) -> None:
+        """The next part begins."""
+        self._label, self._parts = label, self._parts + 1
+        if self._drawn:
+            self._drawn.update(self._drawn.task_ids[0], completed=self._parts, label=label)
+            self._drawn.refresh()
+        else:
+            print(f"... {label}", file=sys.stderr, flush=True)
+
+    def step(self, what: str) -> None:
+        """What the part is at."""
+        if self._drawn:
+            self._drawn.update(self._drawn.task_ids[0], label=f"{self._label}: {what}")
+            self._drawn.refresh()
+
+
+def _rich(total: int) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[label]}"))
+    # Drawn when something is said and not by a thread, which would run while something is timed.
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)
+    bar.add_task("", total=total, label="")
+    return bar
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], red: frozenset[int] = frozenset()) -> str:

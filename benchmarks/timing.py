@@ -89,6 +89,22 @@ def rotated(names: Sequence[str], turn: int) -> list[str]:
     return [*names[start:], *names[:start]]
 
 
+def balanced(names: Sequence[str], turn: int) -> list[str]:
+    """As `rotated`, but over the turns each contender also follows each other one equally often (Williams 1949).
+
+    For short calls: what ran before leaves its traces in the caches and in the threads. Measured: a layer norm of
+    76 us takes 90 after a compiled one.
+    """
+    count = len(names)
+    turns = count if count % 2 == 0 else 2 * count
+    shift, mirrored = turn % turns % count, turn % turns >= count
+    zigzag = [
+        (place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)
+    ]  # 0, 1, -1, 2, -2, ...
+    order = [names[(step + shift) % count] for step in zigzag]
+    return order[::-1] if mirrored else order
+
+
 def interleave(
     contenders: Mapping[str, Callable[[Any], object]],
     items: Sequence[Any] = (None,),
@@ -105,31 +121,74 @@ def interleave(
     With `seconds` it stops earlier, after a whole round (and at least `min_rounds`), when the next one would
     not fit. `progress` is called after each timed call, outside the timing.
     """
+    (timings,) = interleave_steps(
+        {name: (call,) for name, call in contenders.items()},
+        items,
+        rounds=rounds,
+        warmup=warmup,
+        seconds=seconds,
+        min_rounds=min_rounds,
+        device=device,
+        progress=progress,
+    )
+    return timings
+
+
+def interleave_steps(
+    contenders: Mapping[str, Sequence[Callable[[Any], object]]],
+    items: Sequence[Any] = (None,),
+    *,
+    rounds: int,
+    warmup: int = 1,
+    seconds: float | None = None,
+    min_rounds: int = 3,
+    device: torch.device | str = "cpu",
+    progress: Callable[[], object] = lambda: None,
+    order: Callable[[Sequence[str], int], list[str]] = rotated,
+) -> tuple[Timings, ...]:
+    """As `interleave`, for turns of several steps that are timed apart, such as forward and backward.
+
+    The first step gets the item, each later one what the step before it returned.
+    """
     names = list(contenders)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    count = len(next(iter(contenders.values())))
+    taken: list[dict[str, list[float]]] = [{name: [] for name in names} for _ in range(count)]
     synchronize = _synchronizer(device)
+
+    def turn(name: str, value: Any) -> list[float]:
+        *first, last = contenders[name]
+        durations = []
+        for step in first:
+            synchronize()
+            start = time.perf_counter()
+            value = step(value)
+            synchronize()
+            durations.append(time.perf_counter() - start)
+        synchronize()
+        start = time.perf_counter()
+        last(value)  # what it returns is freed within its time
+        synchronize()
+        durations.append(time.perf_counter() - start)
+        return durations
+
     for _ in range(warmup):
         for item in items:
             for name in names:
-                contenders[name](item)
+                turn(name, item)
 
     with _no_garbage_collection():
         begin = time.perf_counter()
         for round_ in range(rounds):
             for place, item in enumerate(items):
-                for name in rotated(names, round_ + place):
-                    call = contenders[name]
-                    synchronize()
-                    start = time.perf_counter()
-                    call(item)
-                    synchronize()
-                    taken[name].append(time.perf_counter() - start)
+                for name in order(names, round_ + place):
+                    for step, duration in enumerate(turn(name, item)):
+                        taken[step][name].append(duration)
                     progress()
             done = round_ + 1
             elapsed = time.perf_counter() - begin
             if seconds is not None and done >= min_rounds and elapsed * (done + 1) / done > seconds:
                 break
-    return Timings(taken, len(items))
+    return tuple(Timings(step, len(items)) for step in taken)
 
 
 def _synchronizer(device: torch.device | str) -> Callable[[], None]:

@@ -91,18 +91,35 @@ def compare(
     ``dtype`` first, so that all three see the same numbers. With ``gradients`` those of every floating input count too,
     for one random gradient of the outputs.
     """
-    comparison = Comparison(dtype)
+    options = {"gradients": gradients, "seeds": seeds, "exact": exact}
+    return compare_all({"ours": ours}, eager, make, dtype, **options)["ours"]
+
+
+def compare_all(
+    functions: Mapping[str, Function],
+    eager: Function,
+    make: Callable[[torch.Generator], Inputs],
+    dtype: torch.dtype,
+    *,
+    gradients: bool = True,
+    seeds: Sequence[int] = SEEDS,
+    exact: Function | None = None,
+) -> dict[str, Comparison]:
+    """``compare`` for several implementations of one op, which share the runs of ``eager`` and ``exact``."""
+    of_eager: dict[str, Error] = {}
+    comparisons = {name: Comparison(dtype, eager=of_eager) for name in functions}
+    sides = [(of_eager, eager), *((comparisons[name].ours, f) for name, f in functions.items())]
     for seed in seeds:
         inputs = {name: _rounded(t, dtype) for name, t in make(torch.Generator().manual_seed(seed)).items()}
         doubles = {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
         truth = _outputs(exact or eager, doubles, gradients, seed, dtype)
-        for side, function in ((comparison.ours, ours), (comparison.eager, eager)):
+        for side, function in sides:
             results = _outputs(function, inputs, gradients, seed, dtype)
             if results.keys() != truth.keys():
                 raise AssertionError(f"expected {', '.join(truth)}, got {', '.join(results)}")
             for name, result in results.items():
                 side.setdefault(name, Error()).add(result, truth[name])
-    return comparison
+    return comparisons
 
 
 def assert_contract(*args, **kwargs) -> None:
@@ -152,7 +169,7 @@ def _outputs(
     if gradients:
         generator = torch.Generator().manual_seed(seed + 1000)
         # Rounded to the dtype, so that ours, eager and exact are all given the same gradient.
-        weights = [normal(generator, *t.shape).to(dtype).to(t.dtype) for t in outputs]
+        weights = [normal(generator, *t.shape).to(dtype).to(t) for t in outputs]
         wanted = {name: t for name, t in leaves.items() if t.is_floating_point()}
         found = torch.autograd.grad(outputs, list(wanted.values()), weights, allow_unused=True)
         for (name, leaf), gradient in zip(wanted.items(), found, strict=True):

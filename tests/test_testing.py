@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pytorch_ext.testing import SEEDS, assert_contract, compare, cumulative, normal, padding_mask
+from pytorch_ext.testing import SEEDS, assert_contract, compare, compare_all, cumulative, normal, padding_mask
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -186,3 +186,13 @@ def test_makers():
     assert cumulative([3, 0, 2]).tolist() == [0, 3, 3, 5] and cumulative([]).tolist() == [0]
     assert cumulative([1]).dtype == torch.int32
     assert padding_mask([2, 0], 3).tolist() == [[True, True, False], [False] * 3]
+
+
+def test_several_at_once_are_judged_as_each_by_itself():
+    wrong = lambda input, weight: eager(input, weight) * 1.001  # noqa: E731
+    functions = {"right": eager, "wrong": wrong}
+    together = compare_all(functions, eager, make, torch.float32)
+    for name, function in functions.items():
+        assert together[name] == compare(function, eager, make, torch.float32)
+    assert not together["right"].failures()
+    assert together["wrong"].failures()

@@ -1,5 +1,6 @@
 """The timing core: the order of turns, medians and ratios, comparisons, memory, and the record."""
 
+import itertools
 import json
 import math
 import sys
@@ -41,6 +42,18 @@ def test_every_contender_starts_equally_often():
     assert timing.rotated("abc", 0) == ["a", "b", "c"]
     assert timing.rotated("abc", 1) == ["b", "c", "a"]
     assert timing.rotated("abc", 5) == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc", "abcd", "abcde"])
+def test_in_a_balanced_order_everyone_follows_everyone_equally_often(names):
+    turns = len(names) * (2 if len(names) % 2 else 1)
+    orders = [timing.balanced(names, turn) for turn in range(turns)]
+    assert all(sorted(order) == list(names) for order in orders)
+    assert timing.balanced(names, turns) == orders[0]
+    for place in range(len(names)):
+        assert len({[order[place] for order in orders].count(name) for name in names}) == 1
+    pairs = [pair for order in orders for pair in itertools.pairwise(order)]
+    assert {pairs.count(pair) for pair in itertools.permutations(names, 2)} <= {turns // len(names)}
 
 
 def test_contenders_take_turns_on_every_item():
@@ -103,6 +116,28 @@ def test_progress_is_outside_the_timing(clock):
 
     timings = timing.interleave({"a": clock.takes(1)}, rounds=2, warmup=0, progress=progress)
     assert timings.seconds["a"] == [1, 1]
+
+
+def test_steps_hand_on_what_they_return_and_are_timed_apart(clock):
+    seen = []
+
+    def steps(name, first, second):
+        def forward(item):
+            clock.now += first
+            return f"{name} of {item}"
+
+        def backward(out):
+            clock.now += second
+            seen.append(out)
+
+        return [forward, backward]
+
+    contenders = {"a": steps("a", 2, 3), "b": steps("b", 4, 1)}
+    forward, backward = timing.interleave_steps(contenders, ["x"], rounds=2, warmup=0)
+    assert seen == ["a of x", "b of x", "b of x", "a of x"]
+    assert forward.seconds == {"a": [2, 2], "b": [4, 4]}
+    assert backward.seconds == {"a": [3, 3], "b": [1, 1]}
+    assert forward.ratio("a", "b").median == 2.0
 
 
 def test_real_time_is_measured():
