@@ -15,6 +15,8 @@ from torch import Tensor
 from ..backends import kernel
 
 NAMESPACE = "pytorch_ext"
+# Arguments of these very types are nothing but what they seem: no subclass of Tensor stands for another.
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list, tuple, torch.Size))
 SECOND_ORDER = (
     b"pytorch_ext: the kernels have no second derivative; for one, run the forward pass under"
     b" pytorch_ext.backends.use('native')"
@@ -46,7 +48,31 @@ def define(schema: str, fake: Callable) -> Callable:
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake_without_backend)
     torch.library.impl(f"{NAMESPACE}::{name}", "CompositeExplicitAutograd", run)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _names[op] = name
+    return op
+
+
+# Raw op -> the name of its kernel.
+_names: dict[Callable, str] = {}
+
+
+def call(op: Callable, *args: Any) -> Any:
+    """``op(*args)``, and where nobody looks on, straight to the kernel: the dispatcher costs as much as a small one."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    for value in args:
+        if type(value) not in PLAIN:
+            return op(*args)
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return op(*args)
+    return kernel(args[-1], _names[op])(*args[:-1])
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -7,7 +7,7 @@ from ..backends import choose
 from ..backends.native.attention import scaled_dot_product_attention as native
 from . import _checks as check
 from ._autocast import lowered
-from ._raw import apply, define, draw_rng, first_order, statistics_dtype, wants_grad
+from ._raw import apply, call, define, draw_rng, first_order, statistics_dtype, wants_grad
 
 
 def scaled_dot_product_attention(
@@ -56,7 +56,9 @@ def scaled_dot_product_attention(
     if wants_grad(q, k, v, mask):
         out = apply(AttentionFunction, q, k, v, mask, rng, dropout_p, is_causal, scale, backend)
     else:
-        out, _ = scaled_dot_product_attention_fwd(q, k, v, mask, rng, dropout_p, is_causal, scale, backend)
+        out, _ = call(
+            scaled_dot_product_attention_fwd, q, k, v, mask, rng, dropout_p, is_causal, scale, backend
+        )
     if query.dim() == 4:
         return out
     heads = query.shape[-3:-2] if query.dim() > 2 else ()
@@ -179,8 +181,17 @@ scaled_dot_product_attention_bwd = define(
 class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, attn_mask, rng, dropout_p, is_causal, scale, backend):
-        out, lse = scaled_dot_product_attention_fwd(
-            query, key, value, attn_mask, rng, dropout_p, is_causal, scale, backend
+        out, lse = call(
+            scaled_dot_product_attention_fwd,
+            query,
+            key,
+            value,
+            attn_mask,
+            rng,
+            dropout_p,
+            is_causal,
+            scale,
+            backend,
         )
         ctx.save_for_backward(query, key, value, attn_mask, out, lse, rng)
         ctx.constants = dropout_p, is_causal, scale
@@ -191,7 +202,12 @@ class AttentionFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dout):
         need_dmask = ctx.needs_input_grad[3]
-        dquery, dkey, dvalue, dmask = scaled_dot_product_attention_bwd(
-            dout, *ctx.saved_tensors, *ctx.constants, need_dmask, ctx.backend
+        dquery, dkey, dvalue, dmask = call(
+            scaled_dot_product_attention_bwd,
+            dout,
+            *ctx.saved_tensors,
+            *ctx.constants,
+            need_dmask,
+            ctx.backend,
         )
         return dquery, dkey, dvalue, dmask if need_dmask else None, None, None, None, None, None

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.native.bias_gelu import bias_gelu as native
 from . import _checks as check
-from ._raw import apply, define, first_order, wants_grad
+from ._raw import apply, call, define, first_order, wants_grad
 
 
 def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
@@ -31,7 +31,7 @@ def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
         return native(input, bias, approximate)
     if wants_grad(input, bias):
         return apply(BiasGeluFunction, input, bias, approximate, backend)
-    return bias_gelu_fwd(input, bias, approximate, backend)
+    return call(bias_gelu_fwd, input, bias, approximate, backend)
 
 
 def _fwd_fake(input, bias, approximate):
@@ -57,10 +57,10 @@ class BiasGeluFunction(torch.autograd.Function):
     def forward(ctx, input, bias, approximate, backend):
         ctx.save_for_backward(input, bias)
         ctx.approximate, ctx.backend = approximate, backend
-        return bias_gelu_fwd(input, bias, approximate, backend)
+        return call(bias_gelu_fwd, input, bias, approximate, backend)
 
     @staticmethod
     @first_order
     def backward(ctx, dout):
         input, bias = ctx.saved_tensors
-        return *bias_gelu_bwd(dout, input, bias, ctx.approximate, ctx.backend), None, None
+        return *call(bias_gelu_bwd, dout, input, bias, ctx.approximate, ctx.backend), None, None

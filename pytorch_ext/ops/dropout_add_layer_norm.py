@@ -9,6 +9,7 @@ from . import _checks as check
 from ._autocast import raised
 from ._raw import (
     apply,
+    call,
     define,
     draw_rng,
     first_order,
@@ -74,8 +75,17 @@ def dropout_add_layer_norm(
             function, input, residual, weight, bias, input_bias, rng, dropout_p, eps, prenorm, backend
         )
     else:
-        out, sum, _, _ = dropout_add_layer_norm_fwd(
-            input, residual, weight, bias, input_bias, rng, dropout_p, eps, backend
+        out, sum, _, _ = call(
+            dropout_add_layer_norm_fwd,
+            input,
+            residual,
+            weight,
+            bias,
+            input_bias,
+            rng,
+            dropout_p,
+            eps,
+            backend,
         )
     return (out, sum) if prenorm else out
 
@@ -113,8 +123,17 @@ dropout_add_layer_norm_bwd = define(
 class DropoutAddLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, residual, weight, bias, input_bias, rng, dropout_p, eps, prenorm, backend):
-        out, sum, mean, rstd = dropout_add_layer_norm_fwd(
-            input, residual, weight, bias, input_bias, rng, dropout_p, eps, backend
+        out, sum, mean, rstd = call(
+            dropout_add_layer_norm_fwd,
+            input,
+            residual,
+            weight,
+            bias,
+            input_bias,
+            rng,
+            dropout_p,
+            eps,
+            backend,
         )
         # Without prenorm nobody sees the sum, and a gradient of zeros need not be made for it.
         ctx.set_materialize_grads(False)
@@ -130,7 +149,8 @@ class DropoutAddLayerNormFunction(torch.autograd.Function):
         sum, input, residual, weight, bias, input_bias, mean, rstd, rng = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(sum)
-        dinput, dresidual, dweight, dbias, dinput_bias = dropout_add_layer_norm_bwd(
+        dinput, dresidual, dweight, dbias, dinput_bias = call(
+            dropout_add_layer_norm_bwd,
             *(
                 dout,
                 dsum,
@@ -145,7 +165,7 @@ class DropoutAddLayerNormFunction(torch.autograd.Function):
                 rng,
                 ctx.dropout_p,
                 ctx.backend,
-            )
+            ),
         )
         parameters = (dweight, none_if_absent(dbias, bias), none_if_absent(dinput_bias, input_bias))
         return dinput, dresidual, *parameters, None, None, None, None, None

@@ -9,6 +9,7 @@ from . import _checks as check
 from ._autocast import raised
 from ._raw import (
     apply,
+    call,
     define,
     draw_rng,
     first_order,
@@ -97,7 +98,7 @@ def embedding_layer_norm(
     if wants_grad(word, position, token_type, weight, bias):
         row = -1 if padding_idx is None else padding_idx % word.shape[0]
         return apply(EmbeddingLayerNormFunction, *inputs, row, backend)
-    return embedding_layer_norm_fwd(*inputs, backend)[0]
+    return call(embedding_layer_norm_fwd, *inputs, backend)[0]
 
 
 def _check_values(input_ids, token_type_ids, position_ids, word, position, token_type) -> None:
@@ -178,7 +179,7 @@ class EmbeddingLayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *inputs, dropout_p, eps, padding_idx, backend = args
-        out, mean, rstd = embedding_layer_norm_fwd(*inputs, dropout_p, eps, backend)
+        out, mean, rstd = call(embedding_layer_norm_fwd, *inputs, dropout_p, eps, backend)
         *tables, rng = inputs
         ctx.save_for_backward(*tables, mean, rstd, rng)
         ctx.dropout_p, ctx.padding_idx, ctx.backend = dropout_p, padding_idx, backend
@@ -188,8 +189,8 @@ class EmbeddingLayerNormFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dout):
         _, _, _, word, position, token_type, weight, bias, *_ = ctx.saved_tensors
-        gradients = embedding_layer_norm_bwd(
-            dout, *ctx.saved_tensors, ctx.dropout_p, ctx.padding_idx, ctx.backend
+        gradients = call(
+            embedding_layer_norm_bwd, dout, *ctx.saved_tensors, ctx.dropout_p, ctx.padding_idx, ctx.backend
         )
         of = (word, position, token_type, weight, bias)
         return None, None, None, *map(none_if_absent, gradients, of), None, None, None, None, None

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.native.gelu import gelu as native
 from . import _checks as check
-from ._raw import apply, define, first_order, wants_grad
+from ._raw import apply, call, define, first_order, wants_grad
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -26,7 +26,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return native(input, approximate)
     if wants_grad(input):
         return apply(GeluFunction, input, approximate, backend)
-    return gelu_fwd(input, approximate, backend)
+    return call(gelu_fwd, input, approximate, backend)
 
 
 def _fwd_fake(input, approximate):
@@ -46,10 +46,10 @@ class GeluFunction(torch.autograd.Function):
     def forward(ctx, input, approximate, backend):
         ctx.save_for_backward(input)
         ctx.approximate, ctx.backend = approximate, backend
-        return gelu_fwd(input, approximate, backend)
+        return call(gelu_fwd, input, approximate, backend)
 
     @staticmethod
     @first_order
     def backward(ctx, dout):
         (input,) = ctx.saved_tensors
-        return gelu_bwd(dout, input, ctx.approximate, ctx.backend), None, None
+        return call(gelu_bwd, dout, input, ctx.approximate, ctx.backend), None, None

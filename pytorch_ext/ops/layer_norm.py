@@ -9,7 +9,16 @@ from ..backends import choose
 from ..backends.native.layer_norm import layer_norm as native
 from . import _checks as check
 from ._autocast import raised
-from ._raw import apply, define, first_order, like_or_empty, none_if_absent, statistics_dtype, wants_grad
+from ._raw import (
+    apply,
+    call,
+    define,
+    first_order,
+    like_or_empty,
+    none_if_absent,
+    statistics_dtype,
+    wants_grad,
+)
 
 
 def layer_norm(
@@ -45,7 +54,7 @@ def layer_norm(
     input, weight, bias = raised(input, weight, bias)
     if wants_grad(input, weight, bias):
         return apply(LayerNormFunction, input, list(shape), weight, bias, eps, backend)
-    return layer_norm_fwd(input, list(shape), weight, bias, eps, backend)[0]
+    return call(layer_norm_fwd, input, list(shape), weight, bias, eps, backend)[0]
 
 
 def _fwd_fake(input, normalized_shape, weight, bias, eps):
@@ -73,7 +82,7 @@ layer_norm_bwd = define(
 class LayerNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, normalized_shape, weight, bias, eps, backend):
-        out, mean, rstd = layer_norm_fwd(input, normalized_shape, weight, bias, eps, backend)
+        out, mean, rstd = call(layer_norm_fwd, input, normalized_shape, weight, bias, eps, backend)
         ctx.save_for_backward(input, weight, bias, mean, rstd)
         ctx.normalized_shape, ctx.backend = normalized_shape, backend
         return out
@@ -82,7 +91,7 @@ class LayerNormFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dout):
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        dinput, dweight, dbias = layer_norm_bwd(
-            dout, input, ctx.normalized_shape, weight, bias, mean, rstd, ctx.backend
+        dinput, dweight, dbias = call(
+            layer_norm_bwd, dout, input, ctx.normalized_shape, weight, bias, mean, rstd, ctx.backend
         )
         return dinput, None, none_if_absent(dweight, weight), none_if_absent(dbias, bias), None, None

@@ -7,7 +7,7 @@ from ..backends import choose
 from ..backends.native.linear import linear as native
 from . import _checks as check
 from ._autocast import lowered
-from ._raw import apply, define, first_order, like_or_empty, none_if_absent, wants_grad
+from ._raw import apply, call, define, first_order, like_or_empty, none_if_absent, wants_grad
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh")
 
@@ -45,10 +45,10 @@ def linear(
     input, weight, bias = lowered(input, weight, bias)
     if wants_grad(input, weight, bias):
         return apply(LinearFunction, input, weight, bias, activation or "none", backend)
-    return linear_fwd(input, weight, bias, activation or "none", False, backend)[0]
+    return call(linear_fwd, input, weight, bias, activation or "none", False, True, backend)[0]
 
 
-def _fwd_fake(input, weight, bias, activation, keep_preactivation):
+def _fwd_fake(input, weight, bias, activation, keep_preactivation, frozen):
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
     return out, torch.empty_like(out) if keep_preactivation else input.new_empty(0)
 
@@ -58,8 +58,8 @@ def _bwd_fake(dout, input, weight, bias, preactivation, activation):
 
 
 linear_fwd = define(
-    "linear_fwd(Tensor input, Tensor weight, Tensor? bias, str activation, bool keep_preactivation, str backend)"
-    " -> (Tensor out, Tensor preactivation)",
+    "linear_fwd(Tensor input, Tensor weight, Tensor? bias, str activation, bool keep_preactivation, bool frozen,"
+    " str backend) -> (Tensor out, Tensor preactivation)",
     _fwd_fake,
 )
 linear_bwd = define(
@@ -72,7 +72,9 @@ linear_bwd = define(
 class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, activation, backend):
-        out, preactivation = linear_fwd(input, weight, bias, activation, activation != "none", backend)
+        out, preactivation = call(
+            linear_fwd, input, weight, bias, activation, activation != "none", False, backend
+        )
         ctx.save_for_backward(input, weight, bias, preactivation)
         ctx.activation, ctx.backend = activation, backend
         return out
@@ -81,7 +83,7 @@ class LinearFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dout):
         input, weight, bias, preactivation = ctx.saved_tensors
-        dinput, dweight, dbias = linear_bwd(
-            dout, input, weight, bias, preactivation, ctx.activation, ctx.backend
+        dinput, dweight, dbias = call(
+            linear_bwd, dout, input, weight, bias, preactivation, ctx.activation, ctx.backend
         )
         return dinput, dweight, none_if_absent(dbias, bias), None, None

@@ -7,7 +7,7 @@ from ..backends import choose
 from ..backends.native.varlen_attention import varlen_attention as native
 from . import _checks as check
 from ._autocast import lowered
-from ._raw import apply, define, draw_rng, first_order, statistics_dtype, wants_grad
+from ._raw import apply, call, define, draw_rng, first_order, statistics_dtype, wants_grad
 
 
 def varlen_attention(
@@ -62,7 +62,9 @@ def varlen_attention(
     if wants_grad(query, key, value):
         function = VarlenAttentionFunction
         return apply(function, query, key, value, *lengths, rng, dropout_p, is_causal, scale, backend)
-    return varlen_attention_fwd(query, key, value, *lengths, rng, dropout_p, is_causal, scale, backend)[0]
+    return call(varlen_attention_fwd, query, key, value, *lengths, rng, dropout_p, is_causal, scale, backend)[
+        0
+    ]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> None:
@@ -188,8 +190,17 @@ class VarlenAttentionFunction(torch.autograd.Function):
         backend,
     ):
         constants = (dropout_p, is_causal, scale, backend)
-        out, lse = varlen_attention_fwd(
-            query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, rng, *constants
+        out, lse = call(
+            varlen_attention_fwd,
+            query,
+            key,
+            value,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            rng,
+            *constants,
         )
         ctx.save_for_backward(query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, rng)
         ctx.max_seqlens, ctx.constants = (max_seqlen_q, max_seqlen_k), constants
@@ -199,5 +210,5 @@ class VarlenAttentionFunction(torch.autograd.Function):
     @first_order
     def backward(ctx, dout):
         *tensors, rng = ctx.saved_tensors
-        gradients = varlen_attention_bwd(dout, *tensors, *ctx.max_seqlens, rng, *ctx.constants)
+        gradients = call(varlen_attention_bwd, dout, *tensors, *ctx.max_seqlens, rng, *ctx.constants)
         return *gradients, *(None,) * 9
