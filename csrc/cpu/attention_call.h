@@ -2,8 +2,6 @@
 
 // What the ATen sides of dense and of packed attention share.
 
-#include <cstdlib>
-
 #include "amx.h"
 #include "attention.h"
 #include "module.h"
@@ -22,33 +20,17 @@ inline Heads heads_of(const Tensor& t) {
     return {data, 0, t.stride(1), t.stride(0)};
 }
 
-// Scratch memory of this thread, kept from call to call: there are many small items.
-inline float* thread_scratch(ptrdiff_t floats) {
-    struct Memory {
-        void* data = nullptr;
-        ptrdiff_t floats = 0;
-        ~Memory() { std::free(data); }
-    };
-    static thread_local Memory memory;
-    if (floats > memory.floats) {
-        std::free(memory.data);
-        memory.floats = 0;
-        memory.data = std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        TORCH_CHECK(memory.data, "attention: out of memory for ", floats, " floats of scratch");
-        memory.floats = floats;
-    }
-    return static_cast<float*>(memory.data);
-}
-
 // Runs the items of a planned call; `products` is how many pairs of query and key they look at.
 template <class Work>
 void run_items(const Attention& a, double products, const Work& work) {
     constexpr double WORTH_A_THREAD = 1e5;  // multiplications
     const auto one = [&](int64_t item) { work(item, thread_scratch(a.scratch)); };
-    if (products * (a.head_dim + a.value_dim) < WORTH_A_THREAD)
-        for (int64_t item = 0; item < a.items; ++item) one(item);
-    else
-        parallel_items(a.items, one);
+    const auto done = [&] {
+        if (a.amx) brgemm_release();
+    };
+    if (products * (a.head_dim + a.value_dim) >= WORTH_A_THREAD) return parallel_items(a.items, one, done);
+    for (int64_t item = 0; item < a.items; ++item) one(item);
+    done();
 }
 
 }  // namespace pytorch_ext

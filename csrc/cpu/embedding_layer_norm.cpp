@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
 Tensor gradient_of(const OptionalTensor& table, const Lookup& lookup, const Tensor& dx,
                    int64_t without = -1) {
     if (!lookup.table.defined()) return at::empty({0}, dx.options());
-    const Tensor out = at::empty(table->sizes(), table->options());
+    const Tensor out = at::zeros(table->sizes(), table->options());
     const int64_t cols = out.size(1);
     const int64_t entries = out.size(0), rows = lookup.ids.numel();
     std::vector<int64_t> first(entries, -1), next(rows, -1);
@@ -100,12 +100,8 @@ Tensor gradient_of(const OptionalTensor& table, const Lookup& lookup, const Tens
     if (without >= 0) first[without] = -1;
     const TableGradient a{dx.const_data_ptr<float>(), first.data(), next.data(),
                           out.mutable_data_ptr(),     cols,         dtype_of(out)};
-    const int64_t bytes = cols * out.itemsize();
-    parallel_rows(entries, cols, [&](int64_t begin, int64_t count) {
-        // All at once: for as much as this, memset goes past the caches.
-        std::memset(static_cast<char*>(out.mutable_data_ptr()) + begin * bytes, 0, count * bytes);
-        PYTORCH_EXT_CALL(table_gradient, a, begin, count);
-    });
+    parallel_rows(entries, cols,
+                  [&](int64_t begin, int64_t count) { PYTORCH_EXT_CALL(table_gradient, a, begin, count); });
     return out;
 }
 

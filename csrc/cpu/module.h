@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -42,6 +44,24 @@ inline Tensor as_floats(const OptionalTensor& t) {
 }
 
 inline const float* floats(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+// Room for `n` floats that belongs to the calling thread and is kept from call to call, until it asks for more.
+inline float* thread_scratch(size_t n) {
+    struct Memory {
+        void* data = nullptr;
+        size_t floats = 0;
+        ~Memory() { std::free(data); }
+    };
+    static thread_local Memory memory;
+    if (n > memory.floats) {
+        std::free(std::exchange(memory.data, nullptr));
+        memory.floats = 0;
+        memory.data = std::aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
+        TORCH_CHECK(memory.data, "out of memory for ", n, " floats of scratch");
+        memory.floats = n;
+    }
+    return static_cast<float*>(memory.data);
+}
 
 // Runs `work(item)` for items 0 to n - 1 on the threads of PyTorch, each as soon as a thread is free, and on every thread
 // `done()` behind its last one. Items that take long come first; what one computes must not depend on who runs it.

@@ -58,8 +58,8 @@ PX_INLINE void philox(U (&words)[4], uint32_t group, uint32_t middle1, uint32_t 
     }
 }
 
-// What dropout multiplies columns `first` to `first + n` with, 0 or the scale; first is a multiple of 4. The middle words
-// of the counter say which row it is: of rows its number's lower and upper word, of attention the query and the head.
+// What dropout multiplies columns `first` to `first + n` with, 0 or the scale; first is a multiple of 4. The middle
+// words of the counter say which row it is: of rows its number's lower and upper word, of attention query and head.
 inline void dropout_factors(float* out, ptrdiff_t n, uint32_t first, uint32_t middle1, uint32_t middle2,
                             const Dropout& d) {
     const bool all = d.threshold >> 32;  // are dropped

@@ -1,7 +1,5 @@
 #include "product.h"
 
-#include <memory>
-
 #include "amx.h"
 
 namespace pytorch_ext {
@@ -70,16 +68,6 @@ Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), t.s
 
 Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.dtype, matrix.col, matrix.row}; }
 
-float* scratch_of_thread(size_t n) {
-    static thread_local std::unique_ptr<float[]> room;
-    static thread_local size_t size = 0;
-    if (size < n) {
-        room.reset(new float[n]);
-        size = n;
-    }
-    return room.get();
-}
-
 Tensor lay_out_right(const Matrix& right, int64_t k, int64_t n, bool keep) {
     const bool amx = amx_multiplies(right.dtype);
     const Dtype dtype = amx || keep ? right.dtype : Dtype::float32;
@@ -114,7 +102,7 @@ void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int
             // Neighbours share the rows of the left matrix, and all of the right one passes by.
             const int64_t i = item / blocks.across * blocks.rows, j = item % blocks.across * blocks.cols;
             const int64_t rows = std::min(blocks.rows, m - i), cols = std::min(blocks.cols, n - j);
-            float* scratch = scratch_of_thread(needed);
+            float* scratch = thread_scratch(needed);
             if (amx)
                 amx_block(product, i, rows, j, cols, scratch);
             else

@@ -24,7 +24,4 @@ void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int
 Matrix matrix_of(const Tensor& t);
 Matrix transposed(const Matrix& matrix);
 
-// Room for `n` floats that belongs to the calling thread until it asks for more.
-float* scratch_of_thread(size_t n);
-
 }  // namespace pytorch_ext

@@ -93,8 +93,8 @@ PX_INLINE F scaled_and_shifted(F x, const float* weight, const float* bias, ptrd
     return x;
 }
 
-// The gradient of ROWS neighbouring rows, of dy with respect to x, handed to `use(i, lanes, dx)` with a dx for each row.
-// Adds to dweight and dbias, which are read and written once for all the rows together. weight may be null.
+// The gradient of ROWS neighbouring rows, handed to `use(i, lanes, dx)` with a dx for each row. Adds to dweight and
+// dbias, which are read and written once for all the rows together. weight may be null.
 template <int ROWS, class Y, class X, class Use>
 PX_INLINE void gradients(const Y* dy, const X* x, ptrdiff_t cols, const float* mean, const float* rstd,
                          const float* weight, float* dweight, float* dbias, const Use& use) {

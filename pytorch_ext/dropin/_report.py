@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import nn
 
 from .. import backends
@@ -140,8 +141,9 @@ def _left_reason(module: nn.Module) -> str | None:
 
 
 def _backends(ops: tuple[str, ...], module: nn.Module, options: Options | None) -> str:
-    """Which backends the ops of a stand-in would run on, for its own parameters."""
+    """Which backends the ops of a stand-in would run on, for its own dtype and device and inputs of a size."""
     parameter = next(module.parameters(), None)
+    example = [] if parameter is None else [torch.empty(0, dtype=parameter.dtype, device=parameter.device)]
     asked = (options or options_of(module)).backend
     found = {}
     for op in ops:
@@ -149,7 +151,7 @@ def _backends(ops: tuple[str, ...], module: nn.Module, options: Options | None) 
             continue  # moved by PyTorch's own index ops, whatever the backend
         try:
             with backends.use(asked or backends.requested()):
-                found[backends.choose(op, *([] if parameter is None else [parameter]))] = None
+                found[backends.choose(op, *example)] = None
         except BackendError:
             found[f"{asked}: cannot"] = None
     return ", ".join(found)

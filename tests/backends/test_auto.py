@@ -50,6 +50,7 @@ def test_every_row_names_what_exists():
     for (op, device), name in REAL.items():
         assert op in OPS and name in backends.names()
         assert device == "cpu" or device in TABLE
+    assert backends._auto.WORTHWHILE.keys() <= REAL.keys()
 
 
 def test_auto_steps_back_where_the_fastest_cannot_run(gpu, cuda_tensor, fastest):
@@ -68,6 +69,13 @@ def test_what_auto_takes_runs(fastest, monkeypatch):
     x = torch.randn(3, requires_grad=True)
     ops.gelu(x).sum().backward()
     assert ran == [("reference", "gelu_fwd"), ("reference", "gelu_bwd")]
+
+
+def test_a_row_counts_from_a_size_on(fastest, monkeypatch):
+    fastest["gelu", "cpu"] = "reference"
+    monkeypatch.setitem(backends._auto.WORTHWHILE, ("gelu", "cpu"), 10)
+    assert [backends.choose("gelu", torch.empty(n)) for n in (1, 9, 10)] == ["native", "native", "reference"]
+    assert backends.choose("gelu", torch.empty(0)) == "reference", "as a report asks"
 
 
 def test_without_measurements_native(fastest):
