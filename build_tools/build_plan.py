@@ -19,7 +19,7 @@ from toolchain import (
     find_nvcc,
     find_torch,
     host_compiler_flags,
-    output_of,
+    is_gcc,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +87,8 @@ def plan_cpu(torch: Torch | None, sanitize: bool = False) -> Library:
         return library
     library.sources += vector_code
     library.missing = missing_for_cxx(torch)
+    if compiler and not is_gcc(compiler):
+        library.missing.append(f"g++ 11 or later, whose vector types csrc/cpu uses ({compiler[0]} is another)")
     python = sysconfig.get_path("include")
     if not Path(python, "Python.h").exists():
         library.missing.append(f"Python's headers in {python} (Debian, Ubuntu: apt install python3-dev)")
@@ -98,7 +100,7 @@ def plan_cpu(torch: Torch | None, sanitize: bool = False) -> Library:
             *("-DTORCH_EXTENSION_NAME=_cpu", f'-DPYTORCH_EXT_TORCH_VERSION="{torch.version}"'),
         ]
         library.objects = [
-            *objects_with_torch(compiler, flags),
+            *objects_with_torch(flags),
             *objects_by_instruction_set(vector_code, sanitize),
         ]
         library.link_flags = [
@@ -117,16 +119,12 @@ def common_flags(sanitize: bool) -> list[str]:
     return ["-std=c++20", *speed, "-fPIC", "-fvisibility=hidden", "-Wall", own_headers, *only_plain]
 
 
-def objects_with_torch(compiler: list[str], flags: list[str]) -> list[Object]:
-    """Torch's headers take most of the time that each file takes, so g++ reads them once. (clang has other names.)"""
-    header, objects = "", []
-    if "Free Software Foundation" in output_of(*compiler, "--version"):
-        header = "module.h.gch"
-        source = ROOT / "csrc/cpu/module.h"
-        objects.append(Object(header, source, "cxx", [*flags, "-x", "c++-header"]))
-        flags = [*flags, "-include", "_cpu/module.h"]  # as ninja's folder has it
+def objects_with_torch(flags: list[str]) -> list[Object]:
+    """Torch's headers take most of the time that each file takes, so the compiler reads them once."""
+    header = Object("module.h.gch", ROOT / "csrc/cpu/module.h", "cxx", [*flags, "-x", "c++-header"])
+    flags = [*flags, "-include", "_cpu/module.h"]  # as ninja's folder has it
     sources = sources_in("cpu", ".cpp")
-    return [*objects, *(Object(f"{s.name}.o", s, "cxx", flags, header=header) for s in sources)]
+    return [header, *(Object(f"{s.name}.o", s, "cxx", flags, header=header.name) for s in sources)]
 
 
 def instruction_sets() -> dict[str, list[str]]:

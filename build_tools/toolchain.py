@@ -41,6 +41,15 @@ def find_compiler() -> list[str] | None:
     return None
 
 
+def is_gcc(compiler: list[str]) -> bool:
+    """Whether it is g++ 11 or later, whatever its name."""
+    macros = subprocess.run(
+        [*compiler, "-dM", "-E", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=False
+    ).stdout
+    version = re.search(r"#define __GNUC__ (\d+)", macros)
+    return "__clang__" not in macros and version is not None and int(version[1]) >= 11
+
+
 def host_compiler_flags() -> list[str]:
     """nvcc takes the compiler that `CXX` names, and of a command like "ccache g++" the compiler alone."""
     if not os.environ.get("CXX"):

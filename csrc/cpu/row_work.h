@@ -2,7 +2,6 @@
 
 // How the ATen side of ops on rows spreads them over threads.
 
-#include <cstring>
 #include <memory>
 
 #include "column_sums.h"
@@ -42,7 +41,7 @@ public:
             const std::unique_ptr<float[]> memory(scratch ? new float[scratch] : nullptr);
             for (int64_t c = begin; c < end; ++c) {
                 float* const sums = partial + c * stride_;
-                std::memset(sums, 0, stride_ * sizeof(float));
+                std::fill_n(sums, stride_, 0.0f);
                 work(c * size_, std::min(size_, rows_ - c * size_), sums, memory.get());
             }
         });

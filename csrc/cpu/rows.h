@@ -82,7 +82,7 @@ PX_INLINE F x_hat(F x, Moments m) { return (x - m.mean) * m.rstd; }
 // would leave its rounding where there should be nothing, as in a row of one column.
 template <class Lanes>
 PX_INLINE F scaled(F x, const float* weight, ptrdiff_t i, Lanes lanes) {
-    return weight ? __builtin_assoc_barrier(x * load(weight + i, lanes)) : x;
+    return weight ? rounded(x * load(weight + i, lanes)) : x;
 }
 
 // weight and bias may be null.

@@ -41,6 +41,16 @@ PX_INLINE To bits(From x) {
 // (x - 0 is x, also of -0, and costs nothing.)
 PX_INLINE F set(float x) { return x - F{}; }
 
+// x, of which the compiler may not make a part of a fused multiply-add.
+PX_INLINE F rounded(F x) {
+#if defined(__x86_64__)
+    asm("" : "+v"(x));
+#else
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 // --- Load and store: memory in any of the dtypes, registers in float ---
 
 PX_INLINE F load(const float* p) {
@@ -72,8 +82,8 @@ PX_INLINE void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
 PX_INLINE void store(bfloat16* p, F x) {
     const U u = bits<U>(x);
     // To the nearest, ties to even; the addition would turn some NaN into infinities.
-    const U rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const H h = __builtin_convertvector(x == x ? rounded : U{} + 0x7fc0, H);
+    const U nearest = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const H h = __builtin_convertvector(x == x ? nearest : U{} + 0x7fc0, H);
     __builtin_memcpy(p, &h, sizeof h);
 }
 

@@ -6,14 +6,13 @@
 ops is not looked at.
 """
 
-import importlib.util
 import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import torch
+from instead import load
 from torch import Tensor
 
 from pytorch_ext import backends, ops
@@ -103,14 +102,6 @@ def varlen_attention(make, rows, cols):
 
 
 # --- Running them ---
-
-
-def load(file: str) -> ModuleType:
-    """From now on ``pytorch_ext._cpu`` is this file."""
-    spec = importlib.util.spec_from_file_location("pytorch_ext._cpu", file)
-    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[spec.name])
-    return sys.modules[spec.name]
 
 
 def run(op: str, layout: Callable[..., Tensor], dtype: torch.dtype, rows: int, cols: int) -> int:

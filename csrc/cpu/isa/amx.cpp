@@ -46,7 +46,7 @@ void pack_pairs(void* blocks, ptrdiff_t cols, ptrdiff_t depth, const void* right
     for (ptrdiff_t j = 0; j < n; j += cols, to += depth * cols) {
         const ptrdiff_t width = n - j < cols ? n - j : cols;
         const Bits* from = (const Bits*)right + j * col;
-        if (width < cols || k < depth) __builtin_memset(to, 0, depth * cols * sizeof(Bits));
+        if (depth && (width < cols || k < depth)) __builtin_memset(to, 0, depth * cols * sizeof(Bits));
         if (col != 1) {
             pair_columns(to, cols, from, col, k, width);
             continue;

@@ -150,7 +150,7 @@ PX_INLINE bool is_forbidden(float weight) { return bits<uint32_t>(weight) == 0x8
 // subtracted from it: a score less itself has to be 0, or a single key would not have the weight 1.
 template <bool MASKED>
 PX_INLINE F scores_at(const float* products, const float* mask, ptrdiff_t j, F scale, I& live) {
-    const F x = __builtin_assoc_barrier(load(products + j) * scale);
+    const F x = rounded(load(products + j) * scale);
     if (!MASKED) return x;
     const F added = load(mask + j);
     live &= added != set(-INFINITE);
