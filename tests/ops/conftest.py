@@ -248,6 +248,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_is_left():
+    """Dynamo stops after some versions of one function, and a test of each backend makes one more."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
 def _device_of(backend: str) -> str:
     return "cuda" if backend == "cuda" or (backend == "triton" and not INTERPRETED) else "cpu"
 
