@@ -23,7 +23,7 @@ Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& val
                        const std::optional<Dropout>& dropout, bool is_causal, double scale) {
     Attention a{};
     a.dtype = dtype_of(query);
-    a.amx = amx_multiplies(a.dtype);
+    a.pairs = multiplies_pairs(a.dtype);
     a.batch = query.size(0);
     a.heads = query.size(1);
     a.key_heads = key.size(1);

@@ -34,7 +34,7 @@ constexpr ptrdiff_t LONGEST_PASS = 512;
 // What both directions take.
 struct Attention {
     Dtype dtype;
-    bool amx;
+    bool pairs;  // multiplied in pairs (see pair_products.h)
     ptrdiff_t batch, heads, key_heads, head_dim, value_dim;
     ptrdiff_t q_len, k_len;      // the longest
     const int *q_ends, *k_ends;  // the running sums of the lengths; null in a dense batch

@@ -2,9 +2,9 @@
 
 // What the ATen sides of dense and of packed attention share.
 
-#include "amx.h"
 #include "attention.h"
 #include "module.h"
+#include "pair_products.h"
 #include "rng.h"
 
 namespace pytorch_ext {
@@ -26,7 +26,7 @@ void run_items(const Attention& a, double products, const Work& work) {
     constexpr double WORTH_A_THREAD = 1e5;  // multiplications
     const auto one = [&](int64_t item) { work(item, thread_scratch(a.scratch)); };
     const auto done = [&] {
-        if (a.amx) brgemm_release();
+        if (on_tiles(a.dtype)) release_tiles();
     };
     if (products * (a.head_dim + a.value_dim) >= WORTH_A_THREAD) return parallel_items(a.items, one, done);
     for (int64_t item = 0; item < a.items; ++item) one(item);

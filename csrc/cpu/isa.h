@@ -5,8 +5,8 @@
 
 namespace pytorch_ext {
 
-// In rising order. amx is the code of avx512 beside matrix products by at::native::cpublas::brgemm.
-enum class Isa { plain, avx2, avx512, amx };
+// In rising order. avx512_bf16 and amx are the code of avx512 beside products of 16-bit elements in pairs.
+enum class Isa { plain, avx2, avx512, avx512_bf16, amx };
 
 // The one in use: the best that the processor has and PYTORCH_EXT_CPU_ISA allows.
 Isa current_isa();
@@ -34,7 +34,9 @@ Isa current_isa();
     }
 
 #ifdef PYTORCH_EXT_EMULATE_AMX  // for tests: what stands around the matrix unit, on processors that have AVX2 alone
-#define PYTORCH_EXT_HAS_AVX512 (::pytorch_ext::current_isa() == ::pytorch_ext::Isa::avx512)
+#define PYTORCH_EXT_HAS_AVX512                                     \
+    (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx512 && \
+     ::pytorch_ext::current_isa() < ::pytorch_ext::Isa::amx)
 #define PYTORCH_EXT_HAS_AVX2 (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx2)
 #else
 #define PYTORCH_EXT_HAS_AVX512 (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx512)

@@ -4,8 +4,8 @@
 
 #include <string>
 
-#include "amx.h"
 #include "layouts.h"
+#include "pair_products.h"
 #include "product.h"
 
 namespace pytorch_ext {
@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor> gradient_of_sums(const Tensor& dout, const Tensor& pr
         dout.const_data_ptr(), nullptr, dtype_of(dout), nullptr, Dtype::float32, activation, cols};
     if (activation != Activation::none) {
         // In float, unless the products that follow want 16 bits.
-        dz = at::empty({rows, cols}, dout.options().dtype(amx_multiplies(gradient.dtype) ? dout.scalar_type()
-                                                                                         : at::kFloat));
+        dz = at::empty({rows, cols}, dout.options().dtype(
+                                         multiplies_pairs(gradient.dtype) ? dout.scalar_type() : at::kFloat));
         gradient.preactivation = preactivation.const_data_ptr();
         gradient.dz = dz.mutable_data_ptr();
         gradient.dz_dtype = dtype_of(dz);
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> gradient_of_sums(const Tensor& dout, const Tensor& pr
 
 // The matrix unit reads its left matrix by rows. Rows of few different lengths, zeros at their ends, because it has a
 // kernel for each length, and batches without padding come in every length.
-Tensor transposed_for_amx(const Tensor& dz) {
+Tensor transposed_for_tiles(const Tensor& dz) {
     const Tensor columns = at::zeros({dz.size(1), round_up(dz.size(0), 1024)}, dz.options());
     columns.narrow(1, 0, dz.size(0)).copy_(dz.t());
     return columns;
@@ -103,9 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& 
     multiply(matrix_of(dz), rows, m, k, n, epilogue_to(dinput, k));
 
     const Tensor inputs = lay_out_right(matrix_of(x), m, k, false);
-    if (amx_multiplies(dtype_of(dz))) {
-        const Tensor columns = transposed_for_amx(dz);
-        multiply(matrix_of(columns), inputs, n, k, round_up(m, AMX_STEP), epilogue_to(dweight, k));
+    if (on_tiles(dtype_of(dz))) {
+        const Tensor columns = transposed_for_tiles(dz);
+        multiply(matrix_of(columns), inputs, n, k, round_up(m, TILE), epilogue_to(dweight, k));
     } else {
         multiply(transposed(matrix_of(dz)), inputs, n, k, m, epilogue_to(dweight, k));
     }

@@ -18,7 +18,8 @@ namespace {
 // backends/cpu.py looks for this in the file: under another torch it must not load it, so it cannot ask.
 [[gnu::used]] const char BUILT_WITH[] = "pytorch_ext::_cpu was built with torch " PYTORCH_EXT_TORCH_VERSION;
 
-constexpr const char* NAMES[] = {"plain", "avx2", "avx512", "amx"};
+constexpr const char* NAMES[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
+constexpr int COUNT = std::size(NAMES);
 
 bool processor_has(Isa isa) {
 #ifndef PYTORCH_EXT_ONLY_PLAIN
@@ -28,6 +29,7 @@ bool processor_has(Isa isa) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (isa == Isa::avx2) return avx2;
     if (isa == Isa::avx512) return avx512;
+    if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #ifdef PYTORCH_EXT_EMULATE_AMX
     if (isa == Isa::amx) return avx2;
 #endif
@@ -43,9 +45,9 @@ Isa best_up_to(Isa cap) {
 }
 
 Isa named(const std::string& name) {
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < COUNT; ++i)
         if (name == NAMES[i]) return static_cast<Isa>(i);
-    throw pybind11::value_error("isa: expected plain, avx2, avx512 or amx, got '" + name + "'");
+    throw pybind11::value_error("isa: expected plain, avx2, avx512, avx512_bf16 or amx, got '" + name + "'");
 }
 
 Isa first_choice() {
@@ -67,7 +69,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "isas",
         [] {
             std::vector<std::string> names;
-            for (int i = 0; i < 4; ++i)
+            for (int i = 0; i < COUNT; ++i)
                 if (processor_has(static_cast<Isa>(i))) names.emplace_back(NAMES[i]);
             return names;
         },

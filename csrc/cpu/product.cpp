@@ -1,13 +1,12 @@
 #include "product.h"
 
-#include "amx.h"
+#include "pair_products.h"
 
 namespace pytorch_ext {
 namespace {
 
-// With AMX: columns of a VNNI block; rows, and columns at most, of the left matrix in one product. Few shapes, because
-// PyTorch compiles a kernel for each.
-constexpr int64_t VNNI_COLS = 64, AMX_ROWS = 32, AMX_DEPTH = 1024;
+// Of 16-bit elements in pairs: columns of a block of the right matrix, and how much of k one product takes.
+constexpr int64_t PAIR_COLS = 64, PAIR_DEPTH = 1024;
 
 int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
 
@@ -20,7 +19,7 @@ struct Blocks {
     int64_t rows, cols, down, across;
 };
 
-Blocks blocks_of(int64_t m, int64_t n, int64_t k) {
+Blocks blocks_of(int64_t m, int64_t n, int64_t k, int64_t row_step) {
     const int64_t threads = at::get_num_threads();
     Blocks blocks{};
     blocks.down = ceil_div(m, BLOCK_ROWS);
@@ -29,35 +28,62 @@ Blocks blocks_of(int64_t m, int64_t n, int64_t k) {
     const int64_t worthwhile = std::max<int64_t>(1, m * n * k / 2'000'000);
     const int64_t wanted = std::min(threads > 1 ? 2 * threads : 1, worthwhile);
     if (blocks.down * blocks.across < wanted)
-        blocks.across = std::min(ceil_div(wanted, blocks.down), ceil_div(n, VNNI_COLS));
-    blocks.rows = std::min(round_up(ceil_div(m, blocks.down), 12), BLOCK_ROWS);
-    blocks.cols = std::min(round_up(ceil_div(n, blocks.across), VNNI_COLS), BLOCK_COLS);
+        blocks.across = std::min(ceil_div(wanted, blocks.down), ceil_div(n, PAIR_COLS));
+    blocks.rows = std::min(round_up(ceil_div(m, blocks.down), row_step), BLOCK_ROWS);
+    blocks.cols = std::min(round_up(ceil_div(n, blocks.across), PAIR_COLS), BLOCK_COLS);
     blocks.down = ceil_div(m, blocks.rows);
     blocks.across = ceil_div(n, blocks.cols);
     return blocks;
 }
 
-// One block on the matrix unit. What AMX_ROWS or AMX_STEP does not divide is copied, with zeros behind it.
-void amx_block(const Product& product, int64_t i, int64_t rows, int64_t j, int64_t cols, float* scratch) {
+// One block on the matrix unit, TILE rows at a time: few shapes, because PyTorch compiles a kernel for each. What TILE does
+// not divide is copied, with zeros behind it.
+void tile_block(const Product& product, int64_t i, int64_t rows, int64_t j, int64_t cols, float* scratch) {
     const Matrix& left = product.left;
-    const int64_t k = product.k, depth = round_up(k, AMX_STEP), ld = round_up(cols, VNNI_COLS);
+    const int64_t k = product.k, depth = round_up(k, TILE), ld = round_up(cols, PAIR_COLS);
     float* sums = scratch;
     auto* copy = reinterpret_cast<unsigned short*>(scratch + BLOCK_ROWS * BLOCK_COLS);
     const auto* right = static_cast<const unsigned short*>(product.right);
-    for (int64_t r = 0; r < rows; r += AMX_ROWS) {
-        const int64_t some = std::min(AMX_ROWS, rows - r);
+    for (int64_t r = 0; r < rows; r += TILE) {
+        const int64_t some = std::min<int64_t>(TILE, rows - r);
         const auto* a = static_cast<const unsigned short*>(left.data) + (i + r) * left.row;
         int64_t lda = left.row;
-        if (some < AMX_ROWS || depth != k) {
-            std::fill_n(copy, AMX_ROWS * depth, 0);
+        if (some < TILE || depth != k) {
+            std::fill_n(copy, TILE * depth, 0);
             for (int64_t row = 0; row < some; ++row) std::copy_n(a + row * lda, k, copy + row * depth);
             a = copy;
             lda = depth;
         }
-        for (int64_t c = 0; c < cols; c += VNNI_COLS)
-            for (int64_t p = 0; p < depth; p += AMX_DEPTH)
-                brgemm(left.dtype, AMX_ROWS, VNNI_COLS, std::min(AMX_DEPTH, depth - p), lda, VNNI_COLS, ld,
-                       p > 0, a + p, right + (j + c) * depth + p * VNNI_COLS, sums + r * ld + c);
+        for (int64_t c = 0; c < cols; c += PAIR_COLS)
+            for (int64_t p = 0; p < depth; p += PAIR_DEPTH)
+                multiply_pairs(left.dtype, TILE, PAIR_COLS, std::min(PAIR_DEPTH, depth - p), lda, PAIR_COLS,
+                               ld, p > 0, a + p, right + (j + c) * depth + p * PAIR_COLS, sums + r * ld + c);
+    }
+    PYTORCH_EXT_CALL(finish_tile, product.epilogue, sums, ld, i, rows, j, cols);
+}
+
+// One block by dot products, all of its rows at a time: what is read of the right matrix then stays near. Pairs lie in
+// the rows of the left matrix; if it is transposed, or its rows are of odd length, they are laid out.
+void dot_block(const Product& product, int64_t i, int64_t rows, int64_t j, int64_t cols, float* scratch) {
+    const Matrix& left = product.left;
+    const int64_t k = product.k, depth = round_up(k, TILE), ld = round_up(cols, PAIR_COLS);
+    float* sums = scratch;
+    auto* copy = reinterpret_cast<unsigned short*>(scratch + BLOCK_ROWS * BLOCK_COLS);
+    const auto* right = static_cast<const unsigned short*>(product.right);
+    for (int64_t p = 0; p < k; p += PAIR_DEPTH) {
+        const int64_t part = std::min(PAIR_DEPTH, k - p);
+        const auto* a = static_cast<const unsigned short*>(left.data) + i * left.row + p * left.col;
+        int64_t row = left.row / 2, step = 1;
+        if (left.col != 1 || left.row % 2 || part % 2) {
+            PYTORCH_EXT_CALL(pack_pairs, copy, BLOCK_ROWS, round_up(part, 2), a, left.col, left.row, part,
+                             rows);
+            a = copy;
+            row = 1;
+            step = BLOCK_ROWS;
+        }
+        for (int64_t c = 0; c < cols; c += PAIR_COLS)
+            PYTORCH_EXT_CALL(dot_pairs, left.dtype, rows, PAIR_COLS, part, a, row, step,
+                             right + (j + c) * depth + p * PAIR_COLS, PAIR_COLS, sums + c, ld, p > 0);
     }
     PYTORCH_EXT_CALL(finish_tile, product.epilogue, sums, ld, i, rows, j, cols);
 }
@@ -69,15 +95,15 @@ Matrix matrix_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t), t.s
 Matrix transposed(const Matrix& matrix) { return {matrix.data, matrix.dtype, matrix.col, matrix.row}; }
 
 Tensor lay_out_right(const Matrix& right, int64_t k, int64_t n, bool keep) {
-    const bool amx = amx_multiplies(right.dtype);
-    const Dtype dtype = amx || keep ? right.dtype : Dtype::float32;
-    const int64_t step = amx ? VNNI_COLS : PANEL_STEP, depth = amx ? round_up(k, AMX_STEP) : k;
+    const bool pairs = multiplies_pairs(right.dtype);
+    const Dtype dtype = pairs || keep ? right.dtype : Dtype::float32;
+    const int64_t step = pairs ? PAIR_COLS : PANEL_STEP, depth = pairs ? round_up(k, TILE) : k;
     const Tensor layout = at::empty({round_up(n, step) * depth}, at::TensorOptions(scalar_type(dtype)));
     void* to = layout.mutable_data_ptr();
     const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, step * depth));
     at::parallel_for(0, ceil_div(n, step), grain, [&](int64_t begin, int64_t end) {
         for (int64_t j = begin * step; j < end * step; j += step) {
-            if (amx)
+            if (pairs)
                 PYTORCH_EXT_CALL(pack_pairs, static_cast<unsigned short*>(to) + j * depth, step, depth,
                                  static_cast<const unsigned short*>(right.data) + j * right.col, right.row,
                                  right.col, k, std::min(step, n - j));
@@ -92,10 +118,11 @@ void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int
               const Epilogue& epilogue) {
     if (m == 0 || n == 0) return;
     const Product product{left, right.const_data_ptr(), dtype_of(right), m, n, k, epilogue};
-    const bool amx = amx_multiplies(left.dtype) && k > 0;
-    const size_t needed =
-        amx ? BLOCK_ROWS * BLOCK_COLS + AMX_ROWS * round_up(k, AMX_STEP) / 2 : BLOCK_SCRATCH;
-    const Blocks blocks = blocks_of(m, n, k);
+    const bool tiles = on_tiles(left.dtype) && k > 0, dots = !tiles && multiplies_pairs(left.dtype) && k > 0;
+    const size_t needed = tiles  ? BLOCK_ROWS * BLOCK_COLS + TILE * round_up(k, TILE) / 2
+                          : dots ? BLOCK_ROWS * BLOCK_COLS + BLOCK_ROWS * PAIR_DEPTH / 2
+                                 : BLOCK_SCRATCH;
+    const Blocks blocks = blocks_of(m, n, k, tiles ? TILE : 12);
     parallel_items(
         blocks.down * blocks.across,
         [&](int64_t item) {
@@ -103,13 +130,15 @@ void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int
             const int64_t i = item / blocks.across * blocks.rows, j = item % blocks.across * blocks.cols;
             const int64_t rows = std::min(blocks.rows, m - i), cols = std::min(blocks.cols, n - j);
             float* scratch = thread_scratch(needed);
-            if (amx)
-                amx_block(product, i, rows, j, cols, scratch);
+            if (tiles)
+                tile_block(product, i, rows, j, cols, scratch);
+            else if (dots)
+                dot_block(product, i, rows, j, cols, scratch);
             else
                 PYTORCH_EXT_CALL(product_block, product, i, rows, j, cols, scratch);
         },
         [&] {
-            if (amx) brgemm_release();
+            if (tiles) release_tiles();
         });
 }
 

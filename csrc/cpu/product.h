@@ -7,16 +7,14 @@
 
 namespace pytorch_ext {
 
-// Products by AMX take k in steps: a left matrix whose columns are none is copied behind zeros.
-constexpr int64_t AMX_STEP = 32;
-
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// right[k][n] as products want it: in panels, or in VNNI blocks where `dtype` is multiplied by AMX. A layout that is kept
-// stays in the weight's own dtype; one for a single product is widened to float, which is then done once.
+// right[k][n] as products want it: in panels, or in blocks of pairs where its dtype is multiplied in pairs. A layout that
+// is kept stays in the weight's own dtype; one for a single product is widened to float, which is then done once.
 Tensor lay_out_right(const Matrix& right, int64_t k, int64_t n, bool keep);
 
-// left[m][k] right[k][n] with its epilogue, `right` from lay_out_right.
+// left[m][k] right[k][n] with its epilogue, `right` from lay_out_right. On tiles (see pair_products.h) the left matrix has
+// to lie in rows.
 void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int64_t k,
               const Epilogue& epilogue);
 

@@ -23,7 +23,7 @@ struct Call {
           lse(lse.contiguous()),
           dropout(make_dropout(rng, dropout_p)) {
         a.dtype = dtype_of(query);
-        a.amx = amx_multiplies(a.dtype);
+        a.pairs = multiplies_pairs(a.dtype);
         a.batch = cu_seqlens_q.size(0) - 1;
         a.heads = query.size(1);
         a.key_heads = key.size(1);

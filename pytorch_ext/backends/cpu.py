@@ -18,7 +18,7 @@ LIBRARY = "pytorch_ext._cpu"
 
 # Keeps the library from the instruction sets above the one that it names; the library reads it when it is loaded.
 CAP = "PYTORCH_EXT_CPU_ISA"
-ISAS = ("plain", "avx2", "avx512", "amx")  # each holds those before it
+ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # each holds those before it
 
 
 @functools.cache

@@ -72,7 +72,7 @@ def test_a_cap_that_is_no_instruction_set(library_built_with, monkeypatch):
     monkeypatch.setenv(cpu.CAP, "sse")
     assert load() == (
         None,
-        ("PYTORCH_EXT_CPU_ISA: expected one of plain, avx2, avx512, amx, got 'sse'",),
+        ("PYTORCH_EXT_CPU_ISA: expected one of plain, avx2, avx512, avx512_bf16, amx, got 'sse'",),
     )
 
 
@@ -123,4 +123,4 @@ with backends.use("cpu"):
     said = run("-c", code, PYTORCH_EXT_CPU_ISA="sse").splitlines()
     assert len(said) == 1
     if importlib.util.find_spec(cpu.LIBRARY):
-        assert "PYTORCH_EXT_CPU_ISA: expected one of plain, avx2, avx512, amx, got 'sse'" in said[0]
+        assert "PYTORCH_EXT_CPU_ISA: expected one of plain, avx2, avx512, avx512_bf16, amx, got 'sse'" in said[0]

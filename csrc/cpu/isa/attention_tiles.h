@@ -2,11 +2,11 @@
 
 // What attention's two directions share: where an item lies, what its mask lets through, and tiles of its matrices.
 
-#include "amx_engine.h"
 #include "attention.h"
 #include "dtypes.h"
 #include "engine.h"
 #include "math.h"
+#include "pair_engine.h"
 
 namespace pytorch_ext::PYTORCH_EXT_ISA {
 
@@ -16,7 +16,7 @@ PX_INLINE void visit_engine(const Attention& a, const Work& work) {
     visit(a.dtype, [&](auto* type) {
 #if defined(__AVX512F__) || (defined(PYTORCH_EXT_EMULATE_AMX) && defined(__AVX2__))
         if constexpr (sizeof(*type) == 2)
-            if (a.amx) return work(type, (AmxEngine<PX_TYPE(type)>*)nullptr);
+            if (a.pairs) return work(type, (PairEngine<PX_TYPE(type)>*)nullptr);
 #endif
         work(type, (FloatEngine*)nullptr);
     });

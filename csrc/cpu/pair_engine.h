@@ -1,9 +1,9 @@
 #pragma once
 
-// The engine (see engine.h) of 16-bit elements on the matrix unit. For files in isa/ alone.
+// The engine (see engine.h) of 16-bit elements that are multiplied in pairs. For files in isa/ alone.
 
-#include "amx.h"
 #include "engine.h"
+#include "pair_products.h"
 
 namespace pytorch_ext::PYTORCH_EXT_ISA {
 
@@ -15,10 +15,10 @@ template <>
 inline constexpr Dtype DTYPE<float16> = Dtype::float16;
 
 template <class T>
-struct AmxEngine {
+struct PairEngine {
     using Left = T;
     using Right = unsigned short;
-    static constexpr ptrdiff_t M_STEP = 32, N_STEP = 32, K_STEP = 32;
+    static constexpr ptrdiff_t M_STEP = TILE, N_STEP = 32, K_STEP = TILE;
     static constexpr bool READS_TRANSPOSED = false;
     static constexpr ptrdiff_t COLS = 64;  // of a block of the laid-out matrix
 
@@ -35,8 +35,8 @@ struct AmxEngine {
     static void multiply(const T* a, ptrdiff_t lda, const Right* b, ptrdiff_t packed_k, ptrdiff_t,
                          ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, float* c, ptrdiff_t ldc, bool accumulate) {
         for (ptrdiff_t j = 0; j < n; j += COLS, b += round_up(packed_k, K_STEP) * COLS)
-            brgemm(DTYPE<T>, round_up(m, M_STEP), n - j > N_STEP ? COLS : N_STEP, round_up(k, K_STEP), lda,
-                   COLS, ldc, accumulate, a, b, c + j);
+            multiply_pairs(DTYPE<T>, m, n - j > N_STEP ? COLS : N_STEP, k, lda, COLS, ldc, accumulate, a, b,
+                           c + j);
     }
 
     static void transpose_left(T* dst, ptrdiff_t dst_ld, const T* src, ptrdiff_t ld, ptrdiff_t rows,
