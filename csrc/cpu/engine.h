@@ -21,6 +21,10 @@
 
 namespace pytorch_ext::PYTORCH_EXT_ISA {
 
+// A sum in a tile of attention is built from sums of this length: of 256 products in one, the error is 1.5 times that of
+// PyTorch's.
+constexpr ptrdiff_t LONGEST_TILE_SUM = 128;
+
 // Any dtype, multiplied in float.
 struct FloatEngine {
     using Left = float;
@@ -61,8 +65,8 @@ struct FloatEngine {
     static void multiply(const float* a, ptrdiff_t lda, const float* b, ptrdiff_t packed_k,
                          ptrdiff_t packed_n, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, float* c, ptrdiff_t ldc,
                          bool accumulate) {
-        for (ptrdiff_t p = 0; p < k; p += LONGEST_SUM) {
-            const ptrdiff_t part = k - p < LONGEST_SUM ? k - p : LONGEST_SUM;
+        for (ptrdiff_t p = 0; p < k; p += LONGEST_TILE_SUM) {
+            const ptrdiff_t part = k - p < LONGEST_TILE_SUM ? k - p : LONGEST_TILE_SUM;
             multiply_strided<true>(a + p, lda, 1, b + p * NR, packed_k * NR, m, n, part, c, ldc,
                                    accumulate || p > 0);
         }
@@ -71,8 +75,8 @@ struct FloatEngine {
     static void multiply_transposed(const float* a, ptrdiff_t lda, const float* b, ptrdiff_t packed_k,
                                     ptrdiff_t packed_n, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, float* c,
                                     ptrdiff_t ldc, bool accumulate) {
-        for (ptrdiff_t p = 0; p < k; p += LONGEST_SUM) {
-            const ptrdiff_t part = k - p < LONGEST_SUM ? k - p : LONGEST_SUM;
+        for (ptrdiff_t p = 0; p < k; p += LONGEST_TILE_SUM) {
+            const ptrdiff_t part = k - p < LONGEST_TILE_SUM ? k - p : LONGEST_TILE_SUM;
             multiply_strided<false>(a + p * lda, 1, lda, b + p * NR, packed_k * NR, m, n, part, c, ldc,
                                     accumulate || p > 0);
         }
@@ -86,29 +90,10 @@ private:
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i)
             lines[i] = i >= rows ? F{} : cols < W ? load(src + i * ld, cols) : load(src + i * ld);
-        exchange<W / 2>(lines);
+        transpose(lines);
 #pragma GCC unroll 16
         for (int p = 0; p < W; ++p)
             if (p < cols) store(dst + p * NR, lines[p]);
-    }
-
-    // Swaps the quarters of STEP x STEP that lie across the diagonal from each other, then within the quarters.
-    template <int STEP>
-    PX_INLINE static void exchange(F* lines) {
-        I upper, lower;
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
-            upper[i] = i & STEP ? W + i - STEP : i;
-            lower[i] = i & STEP ? W + i : i + STEP;
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i)
-            if (!(i & STEP)) {
-                const F a = lines[i], b = lines[i + STEP];
-                lines[i] = __builtin_shuffle(a, b, upper);
-                lines[i + STEP] = __builtin_shuffle(a, b, lower);
-            }
-        if constexpr (STEP > 1) exchange<STEP / 2>(lines);
     }
 };
 

@@ -143,4 +143,26 @@ PX_INLINE float max(F x) {
     return lanes[0];
 }
 
+// --- Across vectors ---
+
+// W vectors as the rows of a matrix, transposed: the quarters of STEP x STEP that lie across the diagonal from each other
+// change places, then those within the quarters.
+template <int STEP = W / 2>
+PX_INLINE void transpose(F* rows) {
+    I upper, lower;
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+        upper[i] = i & STEP ? W + i - STEP : i;
+        lower[i] = i & STEP ? W + i : i + STEP;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+        if (!(i & STEP)) {
+            const F a = rows[i], b = rows[i + STEP];
+            rows[i] = __builtin_shuffle(a, b, upper);
+            rows[i + STEP] = __builtin_shuffle(a, b, lower);
+        }
+    if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
 }  // namespace pytorch_ext::PYTORCH_EXT_ISA

@@ -24,19 +24,32 @@ void pair_rows(Bits* to, const Bits* first, const Bits* second, ptrdiff_t n) {
     }
 }
 
-// A transposed matrix has its pairs side by side already: they are moved as one number of 32 bits, eight columns at a time
-// so that what is written stays together.
+// A transposed matrix has its pairs side by side already: they are moved as numbers of 32 bits, W pairs of W columns at a
+// time. What is left over goes one by one.
 void pair_columns(Bits* to, ptrdiff_t cols, const Bits* from, ptrdiff_t col, ptrdiff_t k, ptrdiff_t n) {
-    constexpr ptrdiff_t STRIP = 8;
-    for (ptrdiff_t j = 0; j < n; j += STRIP) {
-        const ptrdiff_t end = n - j < STRIP ? n : j + STRIP;
-        for (ptrdiff_t p = 0; p < k; p += 2)
-            for (ptrdiff_t c = j; c < end; ++c) {
+    const auto one_by_one = [&](ptrdiff_t c, ptrdiff_t end, ptrdiff_t first) {
+        for (; c < end; ++c)
+            for (ptrdiff_t p = first; p < k; p += 2) {
                 Bits* pair = to + (p / 2 * cols + c) * 2;
                 pair[0] = from[c * col + p];
                 pair[1] = p + 1 < k ? from[c * col + p + 1] : 0;
             }
+    };
+    ptrdiff_t c = 0;
+    for (; c + W <= n; c += W) {
+        ptrdiff_t p = 0;
+        for (; p + 2 * W <= k; p += 2 * W) {
+            F rows[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i) __builtin_memcpy(rows + i, from + (c + i) * col + p, sizeof(F));
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; ++i)
+                __builtin_memcpy(to + ((p / 2 + i) * cols + c) * 2, rows + i, sizeof(F));
+        }
+        one_by_one(c, c + W, p);
     }
+    one_by_one(c, n, 0);
 }
 
 #if defined(__AVX512F__)
