@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,6 +165,29 @@ def _as_torch_layer(layer: Any) -> dict[str, torch.Tensor]:
     return state
 
 
+class OpenVino(nn.Module):
+    """Hugging Face's BERT converted to OpenVINO, with dynamic batch and length, as its users run it."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        import openvino
+
+        bert = hugging_face(case, dtype=torch.float32)
+        example = case.inputs()
+        bert.config.return_dict = False
+        shapes = [(name, openvino.PartialShape([-1, -1])) for name in example]
+        # SDPA as one node of the graph is what its compiler fuses.
+        graph = openvino.convert_model(bert, example_input=example, input=shapes)
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[case.dtype]
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        settings |= {"NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+        self.request = openvino.compile_model(graph, "CPU", settings).create_infer_request()
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        found = self.request.infer({name: t.numpy() for name, t in inputs.items()}, share_inputs=True)
+        return torch.from_numpy(found[0])
+
+
 Builder = Callable[[Case, float], nn.Module]
 
 
@@ -186,6 +210,8 @@ def contenders(case: Case) -> dict[str, tuple[str, Builder]]:
     }
     if not case.training:
         found["nested"] = ("nn.TransformerEncoder, nested-tensor fast path", lambda c, p: NestedEncoder(c))
+        if case.device == "cpu" and importlib.util.find_spec("openvino"):
+            found["openvino"] = ("OpenVINO, converted from the default", lambda c, p: OpenVino(c))
     backends = pytorch_ext.backends.available()
     for backend in backends:
         found[backend] = (f"pytorch_ext.optimize(backend={backend!r})", _ours(backend))

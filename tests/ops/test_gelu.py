@@ -47,7 +47,9 @@ def test_far_tails_and_what_is_no_number(backend, approximate, device_of):
     # The derivative at 0 is 1/2; far out it has reached 0 or 1, and nothing overflows on the way there.
     assert out.tolist()[:8] == [0.0, 0.0, *x[2:5].tolist(), 0.0, 0.0, 0.0]
     assert dx.tolist()[:8] == [0.5, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
-    assert out[8] == math.inf and out[9].isnan() and dx[9].isnan()
+    assert out[9].isnan() and dx[9].isnan()
+    if backend != "native":  # PyTorch's own gives NaN for infinity on processors with AVX-512
+        assert out[8] == math.inf
     assert torch.equal(out[10].isnan(), F.gelu(x, approximate=approximate)[10].isnan())
 
 
