@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pytorch_ext.backends import cpu
+
 from .timing import HOW_TIMED
 
 
@@ -24,11 +26,12 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device_type": device.type,
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels_isa": cpu.isa(),  # of ours, while PyTorch has its own
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "pytorch-ext", "triton")},
+            **{name: version(name) for name in ("torch", "transformers", "pytorch-ext", "triton", "openvino")},
             "cuda": torch.version.cuda if on_gpu else None,
         },
         "commit": commit(),
