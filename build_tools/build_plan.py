@@ -36,8 +36,8 @@ INSTRUCTION_SETS = {
 }
 # What is undefined or out of bounds ends the process with a report, and does so in every instruction set.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-# With them the code around the matrix unit runs on processors without one too.
-SANITIZED = [*SANITIZERS, "-DPYTORCH_EXT_EMULATE_AMX"]
+# With them the code around the units that multiply pairs runs on processors without them too.
+SANITIZED = [*SANITIZERS, "-DPYTORCH_EXT_EMULATE_PAIRS"]
 
 
 class Object(NamedTuple):

@@ -33,10 +33,9 @@ Isa current_isa();
     void name(__VA_ARGS__);           \
     }
 
-#ifdef PYTORCH_EXT_EMULATE_AMX  // for tests: what stands around the matrix unit, on processors that have AVX2 alone
-#define PYTORCH_EXT_HAS_AVX512                                     \
-    (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx512 && \
-     ::pytorch_ext::current_isa() < ::pytorch_ext::Isa::amx)
+// For tests: what stands around the units that multiply pairs, on processors that have AVX2 alone.
+#ifdef PYTORCH_EXT_EMULATE_PAIRS
+#define PYTORCH_EXT_HAS_AVX512 (::pytorch_ext::current_isa() == ::pytorch_ext::Isa::avx512)
 #define PYTORCH_EXT_HAS_AVX2 (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx2)
 #else
 #define PYTORCH_EXT_HAS_AVX512 (::pytorch_ext::current_isa() >= ::pytorch_ext::Isa::avx512)

@@ -29,10 +29,10 @@ bool processor_has(Isa isa) {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (isa == Isa::avx2) return avx2;
     if (isa == Isa::avx512) return avx512;
-    if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
-#ifdef PYTORCH_EXT_EMULATE_AMX
-    if (isa == Isa::amx) return avx2;
+#ifdef PYTORCH_EXT_EMULATE_PAIRS
+    if (isa > Isa::avx512) return avx2;
 #endif
+    if (isa == Isa::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
     if (isa == Isa::amx) return avx512 && at::native::cpublas::could_pack(at::kBFloat16);
 #endif
     return isa == Isa::plain;

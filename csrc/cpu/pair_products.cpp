@@ -9,7 +9,7 @@ bool multiplies_pairs(Dtype dtype) {
     return on_tiles(dtype) || (dtype == Dtype::bfloat16 && current_isa() >= Isa::avx512_bf16);
 }
 
-#ifndef PYTORCH_EXT_EMULATE_AMX
+#ifndef PYTORCH_EXT_EMULATE_PAIRS
 
 bool on_tiles(Dtype dtype) {
     if (current_isa() != Isa::amx || dtype == Dtype::float32) return false;

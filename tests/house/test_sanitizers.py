@@ -20,7 +20,7 @@ def runtime(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def library(root, tmp_path_factory) -> Path:
-    """`_cpu`, built to end the process at what is wrong, and with a matrix unit emulated in plain loops."""
+    """`_cpu`, built to end the process at what is wrong, and with the units that multiply pairs emulated in plain loops."""
     if cpu.library() is None:
         pytest.skip(backends.why_not("cpu", "gelu")[0])
     folder = tmp_path_factory.mktemp("sanitized")
@@ -59,13 +59,14 @@ def test_every_op_under_address_and_undefined_behaviour_sanitizer(library):
 
 
 @pytest.mark.full
-def test_the_contract_holds_around_the_matrix_unit(root, library):
-    """What lays tiles out for it, on a processor that need not have one. Only 16-bit elements go there."""
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
+def test_the_contract_holds_around_units_that_multiply_pairs(isa, root, library):
+    """What lays matrices out for them, on a processor that need not have one. Only 16-bit elements go there."""
     done = watched(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
         *("-p", "tests.house.instead", "--library", str(library)),
         *("tests/ops/test_every_op_numerics.py", "tests/ops/test_attention_blocks.py"),
         *("tests/ops/test_linear.py", "-k", "cpu and (bfloat16 or float16 or blocks)"),
-        PYTORCH_EXT_CPU_ISA="amx",
+        PYTORCH_EXT_CPU_ISA=isa,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -14,7 +14,7 @@ namespace pytorch_ext::PYTORCH_EXT_ISA {
 template <class Work>
 PX_INLINE void visit_engine(const Attention& a, const Work& work) {
     visit(a.dtype, [&](auto* type) {
-#if defined(__AVX512F__) || (defined(PYTORCH_EXT_EMULATE_AMX) && defined(__AVX2__))
+#if defined(__AVX512F__) || (defined(PYTORCH_EXT_EMULATE_PAIRS) && defined(__AVX2__))
         if constexpr (sizeof(*type) == 2)
             if (a.pairs) return work(type, (PairEngine<PX_TYPE(type)>*)nullptr);
 #endif
