@@ -1,0 +1,108 @@
+"""When padding is removed, and the batch without it."""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import pad_input
+from ..ops.padding import gathered
+
+# What happened in an encoder's last eager forward, for those who ask.
+_last: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+@dataclass
+class Packed:
+    """Where the real tokens of a padded batch are.
+
+    Attributes:
+        mask: bool ``(batch, seqlen)``, True at real tokens.
+        indices: int64 ``(total_tokens,)``, their rows in the flattened batch.
+        cu_seqlens: int32 ``(batch + 1,)``.
+        max_seqlen: at least the longest length.
+    """
+
+    mask: Tensor
+    indices: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.indices)
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        batch, seqlen = self.mask.shape
+        return pad_input(tokens, self.indices, batch, seqlen)
+
+
+def pack(
+    encoder: nn.Module,
+    x: Tensor,
+    mask: Tensor | None,
+    remove_padding: bool | str = "auto",
+    kept_because: str = "",
+) -> tuple[Tensor, Packed | None, Tensor | None]:
+    """What an encoder runs on: the tokens of ``x`` (batch, seqlen, hidden) without padding and where they were.
+
+    Or, to run dense, ``x`` itself, None, and the mask that dense attention takes, if it needs one. One host read. Under
+    a compiler there is none, and a batch with a 2-D mask is always packed.
+
+    Args:
+        remove_padding: as ``optimize`` takes it.
+        kept_because: the reason, if it is False.
+    """
+    reason = _dense_reason(x, mask, remove_padding, kept_because)
+    if reason is not None:
+        note(encoder, f"dense: {reason}")
+        return x, None, attention_mask(mask)
+    real = mask if mask.dtype == torch.bool else mask != 0
+    seqlens = real.sum(1, dtype=torch.int32)
+    total, max_seqlen = None, x.shape[1]
+    if not torch.compiler.is_compiling():
+        lengths, first = torch.stack((seqlens, real[:, 0].int())).tolist()
+        total, max_seqlen = sum(lengths), max(lengths, default=0)
+        if total == real.numel():
+            note(encoder, "dense: the batch has no padding")
+            return x, None, None
+        if remove_padding == "auto" and not all(first):
+            sequence = first.index(0)
+            note(
+                encoder, f"dense: position 0 of sequence {sequence} is padding, and heads may read position 0"
+            )
+            return x, None, attention_mask(real)
+        note(encoder, f"without padding: {total} of {real.numel()} positions were real tokens")
+    tokens, indices, cu_seqlens, max_seqlen = gathered(x, real, seqlens, total, max_seqlen)
+    return tokens, Packed(real, indices, cu_seqlens, max_seqlen), None
+
+
+def last_forward(encoder: nn.Module) -> str | None:
+    """What happened to padding in the last eager forward of ``encoder``, in words."""
+    return _last.get(encoder)
+
+
+def attention_mask(mask: Tensor | None) -> Tensor | None:
+    """The mask that dense attention takes: a 2-D one as bool ``(batch, 1, 1, seqlen)``, others as they are."""
+    if mask is None or mask.dim() != 2:
+        return mask
+    return (mask if mask.dtype == torch.bool else mask != 0)[:, None, None, :]
+
+
+def _dense_reason(
+    x: Tensor, mask: Tensor | None, remove_padding: bool | str, kept_because: str
+) -> str | None:
+    if remove_padding is False:
+        return kept_because
+    if mask is None:
+        return "no mask was given"
+    if mask.dim() != 2:
+        return f"the mask has {mask.dim()} dimensions, which says more than where padding is"
+    if mask.shape != x.shape[:2]:
+        return f"the mask is {tuple(mask.shape)} and the batch {tuple(x.shape[:2])}"
+    return None
+
+
+def note(encoder: nn.Module, what: str) -> None:
+    if not torch.compiler.is_compiling():
+        _last[encoder] = what
