@@ -86,7 +86,7 @@ def run_layers(
     for layer in layers:
         if packed is None:
             x = _hidden(layer(x, dense_mask))
-        elif padded_layers or bypass.hooked(layer):
+        elif padded_layers or bypass.watched(layer):
             padded = layer(packed.pad(x), attention_mask(packed.mask), packed=packed)
             x = packed.unpad(_hidden(padded))
         else:
