@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from ..nn import _padding
-from ..nn._padding import Packed, attention_mask, last_forward
+from ..nn._padding import Packed, attention_mask, flattened, last_forward, note, same_sequence
 from ._swap import Options
 
-__all__ = ["Packed", "attention_mask", "last_forward", "pack"]
+__all__ = ["Packed", "attention_mask", "flattened", "last_forward", "note", "pack", "same_sequence"]
 
 
 def pack(

@@ -18,23 +18,33 @@ class Packed:
     """Where the real tokens of a padded batch are.
 
     Attributes:
-        mask: bool ``(batch, seqlen)``, True at real tokens.
-        indices: int64 ``(total_tokens,)``, their rows in the flattened batch.
+        mask: bool ``(batch, seqlen)``, True at real tokens; None if the batch came as one row without padding.
+        indices: int64 ``(total_tokens,)``, their rows in the flattened batch; None beside such a ``mask``.
         cu_seqlens: int32 ``(batch + 1,)``.
         max_seqlen: at least the longest length.
+        lengths: what ``cu_seqlens`` says, on the host; None where a compiler traces.
     """
 
-    mask: Tensor
-    indices: Tensor
+    mask: Tensor | None
+    indices: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
+    lengths: list[int] | None = None
 
     def unpad(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.indices)
+        return x[0] if self.mask is None else x.flatten(0, 1).index_select(0, self.indices)
 
     def pad(self, tokens: Tensor) -> Tensor:
+        if self.mask is None:
+            return tokens[None]
         batch, seqlen = self.mask.shape
         return pad_input(tokens, self.indices, batch, seqlen)
+
+    def attended(self, total: int) -> Tensor:
+        """The mask for dense attention over the padded batch, or over the ``total`` tokens of a single row."""
+        if self.mask is None:
+            return same_sequence(self.cu_seqlens, total)
+        return attention_mask(self.mask)
 
 
 def pack(
@@ -59,7 +69,7 @@ def pack(
         return x, None, attention_mask(mask)
     real = mask if mask.dtype == torch.bool else mask != 0
     seqlens = real.sum(1, dtype=torch.int32)
-    total, max_seqlen = None, x.shape[1]
+    lengths, total, max_seqlen = None, None, x.shape[1]
     if not torch.compiler.is_compiling():
         lengths, first = torch.stack((seqlens, real[:, 0].int())).tolist()
         total, max_seqlen = sum(lengths), max(lengths, default=0)
@@ -74,7 +84,31 @@ def pack(
             return x, None, attention_mask(real)
         note(encoder, f"without padding: {total} of {real.numel()} positions were real tokens")
     tokens, indices, cu_seqlens, max_seqlen = gathered(x, real, seqlens, total, max_seqlen)
-    return tokens, Packed(real, indices, cu_seqlens, max_seqlen), None
+    return tokens, Packed(real, indices, cu_seqlens, max_seqlen, lengths), None
+
+
+def flattened(x: Tensor, mask: Tensor | None, kwargs: dict) -> Packed | None:
+    """Where the sequences are in a batch ``(1, total_tokens, hidden)`` that came without padding, if it did.
+
+    Hugging Face says so by ``cu_seq_lens_q`` and ``max_length_q`` among the arguments of a call without a mask.
+    """
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None or mask is not None or x.dim() != 3 or x.shape[0] != 1:
+        return None
+    lengths, longest = None, kwargs.get("max_length_q")
+    if not torch.compiler.is_compiling():
+        lengths = cu_seqlens.diff().tolist()
+        longest = max(lengths, default=0)
+    elif not isinstance(longest, int):
+        longest = x.shape[1]
+    return Packed(None, None, cu_seqlens.to(torch.int32), longest, lengths)
+
+
+def same_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Which of ``total`` tokens laid end to end lie in one sequence: bool ``(1, 1, total, total)``."""
+    at = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sequence = torch.bucketize(at, cu_seqlens, right=True)
+    return (sequence[:, None] == sequence)[None, None]
 
 
 def last_forward(encoder: nn.Module) -> str | None:

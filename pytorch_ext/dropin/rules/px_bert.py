@@ -1,7 +1,8 @@
 """BERT of ``pytorch_ext.models``."""
 
-from .._bert import ENCODER_OPS, LAYER_OPS, layers_fit
+from .._encoder import ENCODER_OPS, LAYER_OPS, layers_fit
 from .._swap import Rule
+from ._bert_shaped import EMBEDDINGS_FUSED, LAYER_FUSED, PADDING_REMOVED
 
 _MODELS = "pytorch_ext.models.bert"
 _HEADS = "pytorch_ext.models.bert_heads"
@@ -11,20 +12,20 @@ RULES = [
     Rule(
         target=f"{_MODELS}.BertEncoder",
         standin=f"{_STANDINS}:PaddingFreeBertEncoder",
-        does="padding removed once for all layers",
+        does=PADDING_REMOVED,
         ops=ENCODER_OPS,
         unfit=layers_fit(f"{_MODELS}.BertLayer"),
     ),
     Rule(
         target=f"{_MODELS}.BertLayer",
         standin=f"{_STANDINS}:FusedBertLayer",
-        does="fused QKV, linear + activation, bias + dropout + residual + LayerNorm",
+        does=LAYER_FUSED,
         ops=LAYER_OPS,
     ),
     Rule(
         target=f"{_MODELS}.BertEmbeddings",
         standin=f"{_STANDINS}:FusedBertEmbeddings",
-        does="embedding sum + LayerNorm + dropout",
+        does=EMBEDDINGS_FUSED,
         ops=("embedding_layer_norm",),
     ),
     Rule(
