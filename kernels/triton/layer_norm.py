@@ -257,7 +257,7 @@ def _layer_norm_bwd_parameters_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Program ``(i, j)`` adds up every ``num_programs(0)``-th block of rows, ``i`` first, in the columns of block ``j``."""
+    """Program ``(i, j)`` adds up every ``num_programs(0)``-th block of rows from ``i`` on, in column block ``j``."""
     col_offs = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     col_mask = col_offs < cols
     wide_offs = col_offs[None, :].to(tl.int64)

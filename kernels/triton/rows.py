@@ -74,10 +74,11 @@ def _sum_partials_kernel(
     total = tl.sum(total, 0)
     if which == 0:
         stored(first_ptr + col_offs, total, col_mask)
-    if second_ptr is not None:
+    # Nested: without a pointer there is nothing to compile.
+    if second_ptr is not None:  # noqa: SIM102
         if which == 1:
             stored(second_ptr + col_offs, total, col_mask)
-    if third_ptr is not None:
+    if third_ptr is not None:  # noqa: SIM102
         if which == 2:
             stored(third_ptr + col_offs, total, col_mask)
 
