@@ -94,7 +94,7 @@ def attendance(
     batch_first: bool,
     need_weights: bool = False,
 ) -> Attendance:
-    """For dense attention of ``query`` (N, L, E) to ``key`` (N, S, E), or (L, N, E) and (S, N, E), or (L, E) and (S, E).
+    """For dense attention of ``query`` (N, L, E) to ``key`` (N, S, E), both seq-first, or both without a batch.
 
     Args:
         attn_mask: (L, S) or (N · H, L, S): bool, True where a query may *not* attend, or added to the scores.
@@ -124,16 +124,16 @@ def check_masks(
     for name, mask in zip(reversed(names), (key_padding_mask, attn_mask), strict=True):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
-    if attn_mask is None:
-        if is_causal:
-            raise RuntimeError(
-                f"Need attn_mask if specifying the is_causal hint: {names[0]}: expected a causal mask beside"
-                " is_causal=True, got None"
-            )
-    elif key_padding_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
-        if not torch.compiler.is_compiling():
-            message = f"Support for mismatched {names[1]} and {names[0]} is deprecated."
-            warnings.warn(f"{message} Use same type for both instead.", stacklevel=3)
+    if attn_mask is None and is_causal:
+        raise RuntimeError(
+            f"Need attn_mask if specifying the is_causal hint: {names[0]}: expected a causal mask beside"
+            " is_causal=True, got None"
+        )
+    if attn_mask is None or key_padding_mask is None or torch.compiler.is_compiling():
+        return
+    if key_padding_mask.dtype != attn_mask.dtype:
+        message = f"Support for mismatched {names[1]} and {names[0]} is deprecated."
+        warnings.warn(f"{message} Use same type for both instead.", stacklevel=3)
 
 
 def is_causal_mask(mask: Tensor | None, length: int) -> bool:

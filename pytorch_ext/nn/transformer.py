@@ -8,10 +8,6 @@ from ._adopt import adopt
 from ._attendance import additive
 from ._layer import is_ours
 from ._padding import note
-from .transformer_decoder import TransformerDecoder
-from .transformer_decoder_layer import TransformerDecoderLayer
-from .transformer_encoder import TransformerEncoder
-from .transformer_encoder_layer import TransformerEncoderLayer
 
 _signature = inspect.signature(nn.Transformer)
 

@@ -3,7 +3,7 @@ import functools
 from torch import Tensor, nn
 
 from . import _bypass as bypass
-from ._adopt import OURS, adopt
+from ._adopt import adopt
 from ._attendance import attendance, check_masks, is_causal_mask
 from ._blocks import layer_norm
 from ._layer import is_ours, takes_attendance
@@ -40,9 +40,6 @@ class TransformerDecoder(nn.TransformerDecoder):
         masks = (tgt_mask, memory_mask)
         padding = (tgt_key_padding_mask, memory_key_padding_mask)
         return decode(self, tgt, memory, masks, padding, (tgt_is_causal, memory_is_causal))
-
-
-OURS[nn.TransformerDecoder] = TransformerDecoder
 
 
 def decode(

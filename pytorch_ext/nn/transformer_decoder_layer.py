@@ -2,7 +2,7 @@ import functools
 
 from torch import Tensor, nn
 
-from ._adopt import OURS, adopt
+from ._adopt import adopt
 from ._attendance import Attendance, check_masks
 from ._blocks import add_norm, layer_norm, linear_activation, linear_product
 from ._layer import attendance_of, attention_block, calls_its_modules, feed_forward
@@ -56,9 +56,6 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         if self.norm_first:
             return _norm_first(self, tgt, memory, own, cross)
         return _norm_last(self, tgt, memory, own, cross)
-
-
-OURS[nn.TransformerDecoderLayer] = TransformerDecoderLayer
 
 
 def _norm_last(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _bypass as bypass
-from ._adopt import OURS, adopt
+from ._adopt import adopt
 from ._attendance import Attendance, additive, attendance, check_masks, is_causal_mask
 from ._blocks import layer_norm
 from ._layer import is_ours, takes_attendance
@@ -44,9 +44,6 @@ class TransformerEncoder(nn.TransformerEncoder):
             AssertionError, RuntimeError: shapes, dtypes and hints that do not fit, as PyTorch's raises them.
         """
         return encode(self, src, mask, src_key_padding_mask, is_causal)
-
-
-OURS[nn.TransformerEncoder] = TransformerEncoder
 
 
 def encode(

@@ -2,7 +2,7 @@ import functools
 
 from torch import Tensor, nn
 
-from ._adopt import OURS, adopt
+from ._adopt import adopt
 from ._attendance import Attendance, check_masks
 from ._blocks import add_norm, layer_norm, linear_activation, linear_product
 from ._layer import attendance_of, attention_block, calls_its_modules, feed_forward
@@ -11,8 +11,8 @@ from ._layer import attendance_of, attention_block, calls_its_modules, feed_forw
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     """As :class:`torch.nn.TransformerEncoderLayer`, over :mod:`pytorch_ext.ops`.
 
-    Self-attention and a feed-forward block, each with dropout, a residual connection and LayerNorm (Vaswani et al. 2017,
-    arXiv 1706.03762; ``norm_first``: Xiong et al. 2020, arXiv 2002.04745). Q, K and V are one product, linear and
+    Self-attention and a feed-forward block, each with dropout, a residual connection and LayerNorm (Vaswani et al.
+    2017, arXiv 1706.03762; ``norm_first``: Xiong et al. 2020, arXiv 2002.04745). Q, K and V are one product, linear and
     activation one op, and so are bias, dropout, residual and the LayerNorm behind them. In every mode the results are
     those of PyTorch's path for training. For nested tensors PyTorch's own ``forward`` runs.
     """
@@ -45,9 +45,6 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if self.norm_first:
             return _norm_first(self, src, where)
         return _norm_last(self, src, where)
-
-
-OURS[nn.TransformerEncoderLayer] = TransformerEncoderLayer
 
 
 def _norm_last(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> Tensor:
