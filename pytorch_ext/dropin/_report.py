@@ -104,7 +104,7 @@ def describe(
             if getattr(standin, "removes_padding", False):
                 asked = options and options.below(kept.get(id(module)))
                 padding += _padding_rule(path or "the model", module, asked)
-            else:
+            elif not getattr(standin, "calls_modules", False):
                 fused.append(path)
         elif not below:
             reason = _left_reason(module)

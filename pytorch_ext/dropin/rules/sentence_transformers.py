@@ -1,4 +1,4 @@
-"""The part of sentence-transformers that calls a Hugging Face model; what lies within has the rules of its own family."""
+"""What sentence-transformers wraps a Hugging Face model in; the model itself goes by the rules of its own family."""
 
 from torch import nn
 

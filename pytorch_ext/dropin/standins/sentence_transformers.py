@@ -1,7 +1,7 @@
 """``unpad_inputs=True`` without flash-attn: sentence-transformers then lays the texts of a batch end to end.
 
-By itself it does so for flash-attn alone, which has to be asked for by name and runs on GPUs. Nothing here is kept in the
-module: what it held when it was loaded is what it holds after ``revert``.
+By itself it does so for flash-attn alone, which has to be asked for by name and runs on GPUs. Nothing of this is kept
+in the module: what it held when it was loaded is what it holds after ``revert``.
 """
 
 from sentence_transformers.base.modules import transformer
@@ -28,7 +28,7 @@ class FlatteningTransformer(transformer.Transformer):
     def can_flatten_inputs(self) -> bool:
         # Only where it was asked for: a flattened batch has no attention mask, which output_value="token_embeddings"
         # and modules of a user's own may read, and a padded one loses its padding in the encoder anyway.
-        return bool(self._unpad_inputs) and _attends_flattened(self) or self.__dict__["can_flatten_inputs"]
+        return (bool(self._unpad_inputs) and _attends_flattened(self)) or self.__dict__["can_flatten_inputs"]
 
     @can_flatten_inputs.setter
     def can_flatten_inputs(self, value: bool) -> None:
