@@ -134,7 +134,17 @@ def _dense_reason(
         return f"the mask has {mask.dim()} dimensions, which says more than where padding is"
     if mask.shape != x.shape[:2]:
         return f"the mask is {tuple(mask.shape)} and the batch {tuple(x.shape[:2])}"
+    if not torch.compiler.is_compiling() and _mapped(mask):
+        return "torch.func.vmap maps over the mask"
     return None
+
+
+def _mapped(t: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
 
 
 def note(encoder: nn.Module, what: str) -> None:

@@ -120,8 +120,6 @@ def _kept_reason(
     norm = encoder.norm
     if norm is not None and type(norm) not in bypass.NORMS and type(norm) not in _TOKEN_BY_TOKEN:
         return f"its norm is a {type(norm).__qualname__}"
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(padding):
-        return "torch.func.vmap maps over the padding mask"
     return None
 
 

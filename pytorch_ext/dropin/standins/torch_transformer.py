@@ -1,4 +1,4 @@
-"""Transformer modules: those of ``pytorch_ext.nn``, on the backend and by the padding rule that ``optimize`` was told."""
+"""Transformer modules: those of ``pytorch_ext.nn``, on the backend and by the padding rule of ``optimize``."""
 
 from torch import Tensor
 
