@@ -30,14 +30,27 @@ def attend(
     """Self-attention of ``q``, ``k``, ``v`` ``(*, heads, head_dim)`` -> ``(*, heads * head_dim)``.
 
     Args:
-        mask: for a padded batch, as dense attention takes it; None with ``packed``.
+        mask: for a padded batch, bool or added as dense attention takes it; None with ``packed``.
         packed: where the tokens are, if they come without padding, ``(total_tokens, heads, head_dim)``.
-        causal: together with a mask it says the same as the mask does.
+        causal: a query attends no key after it.
         bias: ``(1, heads, seqlen, seqlen)``, added to the scores of a sequence's first positions.
-        window: a query attends keys at most so far away; for a padded batch the mask says so.
+        window: a query attends keys at most so far away.
     """
     if packed is None:
+        seqlen = q.shape[-3]
+        narrow = window is not None and seqlen > window + 1
+        if narrow and mask is None and bias is None and q.is_cpu and not torch.compiler.is_compiling():
+            # As many sequences of one length: what lies outside the windows is not computed.
+            tokens = (t.flatten(0, 1) for t in (q, k, v))
+            context = _one_by_one(*tokens, [seqlen] * q.shape[0], dropout_p, scale, None, window)
+            return context.unflatten(0, q.shape[:2])
         q, k, v = (t.transpose(-2, -3) for t in (q, k, v))
+        near = band(seqlen, seqlen, 0, window, q.device) if narrow else None
+        ordered = causal and mask is not None
+        before = torch.ones(seqlen, seqlen, dtype=torch.bool, device=q.device).tril() if ordered else None
+        for limit in (near, before):
+            if limit is not None:
+                mask = limit if mask is None else limited(mask, limit)
         if bias is not None:
             mask = biased(bias, mask)
         causal = causal and mask is None
@@ -65,6 +78,11 @@ def biased(bias: Tensor, mask: Tensor | None) -> Tensor:
         return bias
     # The lowest number and not -inf: a row that may attend nothing would have NaN for the gradient of its bias.
     return bias.masked_fill(~mask, torch.finfo(bias.dtype).min) if mask.dtype == torch.bool else bias + mask
+
+
+def limited(mask: Tensor, allowed: Tensor) -> Tensor:
+    """``mask``, bool or added, where ``allowed`` is True; nothing may be attended elsewhere."""
+    return mask & allowed if mask.dtype == torch.bool else biased(mask, allowed)
 
 
 def band(queries: int, keys: int, first: int, window: int, device: torch.device) -> Tensor:
@@ -95,7 +113,7 @@ def _one_by_one(
                 mask = bias[..., start:end, low:high]
             if narrow:
                 near = band(end - start, high - low, start - low, window, q.device)
-                mask = near if mask is None else biased(mask, near)
+                mask = near if mask is None else limited(mask, near)
             # Of one sequence: (1, heads, length, head_dim).
             tile = (t.transpose(0, 1)[None] for t in (q1[start:end], k1[low:high], v1[low:high]))
             context = ops.scaled_dot_product_attention(*tile, mask, dropout_p, scale=scale)

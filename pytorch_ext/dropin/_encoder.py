@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _bypass as bypass
-from ._padding import Packed, attention_mask, flattened, pack
+from ._attention import biased
+from ._padding import Packed, attention_mask, flattened, note, pack
 from ._swap import options_of, scope, swapped
 
 ENCODER_OPS = ("unpad_input", "pad_input")
@@ -16,20 +17,41 @@ LAYER_OPS = ("linear", "varlen_attention", "scaled_dot_product_attention", "drop
 def layers_fit(target: str) -> Callable[[nn.Module], str | None]:
     """For a rule: an encoder's layers must all be of the class ``target``, or stand in for it."""
 
-    def unfit(encoder: nn.Module) -> str | None:
-        for i, layer in enumerate(encoder.layer):
-            done = swapped(layer)
-            cls = done.original if done else type(layer)
-            if f"{cls.__module__}.{cls.__qualname__}" != target:
-                return f"its layer {i} is a {cls.__qualname__}"
-        return None
+    return lambda encoder: layers_are(target, encoder.layer)
 
-    return unfit
+
+def layers_are(target: str, layers: Iterable[nn.Module]) -> str | None:
+    for i, layer in enumerate(layers):
+        done = swapped(layer)
+        cls = done.original if done else type(layer)
+        if f"{cls.__module__}.{cls.__qualname__}" != target:
+            return f"its layer {i} is a {cls.__qualname__}"
+    return None
 
 
 def has_foreign_layers(layers: Iterable[nn.Module]) -> bool:
     """Whether a layer was put in since ``optimize``; it may want what the encoder's own ``forward`` hands down."""
     return not all(hasattr(layer, "containers") for layer in layers)
+
+
+def undisturbed(
+    containers: Iterable[nn.Module],
+    classes: Iterable[type[nn.Module]],
+    dropouts: Iterable[nn.Module],
+    leaves: Iterable[object],
+) -> bool:
+    """Whether nothing stands between a layer's modules that only its own ``forward`` would honour.
+
+    Args:
+        containers, classes: the blocks whose ``forward`` a fused layer does not call, and what they have to be.
+        dropouts: modules whose rate alone it takes.
+        leaves: the modules that compute; where one is hooked, the hook expects to see the padded batch.
+    """
+    if any(type(m) is not c or bypass.hooked(m) for m, c in zip(containers, classes, strict=True)):
+        return False
+    if bypass.hooked_everywhere() or not all(map(bypass.plain_dropout, dropouts)):
+        return False
+    return not any(isinstance(m, nn.Module) and bypass.hooked(m) for m in leaves)
 
 
 def run_layers(
@@ -41,6 +63,7 @@ def run_layers(
     *,
     padded_layers: bool = False,
     handed_down: dict | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Runs the layers on ``x`` (batch, seqlen, hidden), without its padding where there is some.
 
@@ -49,6 +72,7 @@ def run_layers(
         all_hidden_states: gets every layer's padded output, if given.
         padded_layers: call the layers with padded tensors, because hooks look at them; inside they still unpad.
         handed_down: what every layer gets by name, and may say where sequences lie in a flattened batch.
+        bias: ``(1, heads, seqlen, seqlen)`` to add to the scores; every layer gets it as ``position_bias``.
     """
     padded_layers = padded_layers or bypass.hooked_everywhere()
     handed_down = handed_down or {}
@@ -56,7 +80,12 @@ def run_layers(
     if packed is None:
         x, packed, dense_mask = pack(encoder, x, mask, options_of(encoder))
     else:
+        note(encoder, "without padding: the batch came without it")
         x = packed.unpad(x)
+    if bias is not None:
+        if dense_mask is not None:
+            bias, dense_mask = biased(bias, dense_mask), None  # once for all layers
+        handed_down = {**handed_down, "position_bias": bias}
     for layer in layers:
         if packed is None:
             x = _hidden(layer(x, dense_mask, **handed_down))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import _bypass as bypass
 from ._attention import attend
 from ._blocks import linear_activation, query_key_value, residual_norm
+from ._encoder import undisturbed
 from ._padding import Packed, attention_mask
 from ._swap import scope
 
@@ -46,18 +47,17 @@ class PostNormParts(NamedTuple):
 
 
 def unhindered(parts: PostNormParts, containers: tuple[type[nn.Module], ...]) -> bool:
-    """Whether nothing stands between the modules that only the layer's own ``forward`` would honour."""
-    if any(type(m) is not c or bypass.hooked(m) for m, c in zip(parts.containers, containers, strict=True)):
-        return False
-    dropouts = (parts.attention_dropout, parts.attention_output.dropout, parts.output.dropout)
-    if bypass.hooked_everywhere() or not all(map(bypass.plain_dropout, dropouts)):
-        return False
-    leaves = (
-        *(parts.query, parts.key, parts.value, parts.up),
-        *(parts.attention_output.dense, parts.attention_output.norm, parts.output.dense, parts.output.norm),
-        *([parts.activation] if isinstance(parts.activation, nn.Module) else []),
+    """Whether the modules are all that there is to the layer, and can be computed with as they are."""
+    first, second = parts.attention_output, parts.output
+    return undisturbed(
+        parts.containers,
+        containers,
+        (parts.attention_dropout, first.dropout, second.dropout),
+        (
+            *(parts.query, parts.key, parts.value, first.dense, first.norm),
+            *(parts.up, parts.activation, second.dense, second.norm),
+        ),
     )
-    return not any(map(bypass.hooked, leaves))  # a hook expects to see the padded batch
 
 
 def fused_layer(

@@ -11,6 +11,12 @@ from .layer_norm import LayerNorm
 NORMS: set[type[nn.Module]] = {nn.LayerNorm, LayerNorm}
 GELUS: set[type[nn.Module]] = {nn.GELU, GELU}
 
+_HUGGING_FACE = {
+    "FusedGELUActivation": "gelu",
+    "FusedGELUTanh": "gelu_tanh",
+    "FusedNewGELUActivation": "gelu_tanh",
+}
+
 # Hugging Face leaves its recorders on the modules for good; they do nothing unless a call asks for what they record.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 # These gather a layer's parameters and let go of them again; the shape of what passes is nothing to them.
@@ -81,4 +87,4 @@ def activation_name(activation: object) -> str | None:
     if activation is F.gelu:
         return "gelu"
     # Hugging Face's own, which optimize has swapped, or has left alone because they compute something else.
-    return {"FusedGELUActivation": "gelu", "FusedGELUTanh": "gelu_tanh"}.get(kind.__qualname__)
+    return _HUGGING_FACE.get(kind.__qualname__)

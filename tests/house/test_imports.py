@@ -17,7 +17,7 @@ LAYERS = [
     {"testing", "info"},
     {"nn", "models"},
     {"dropin"},
-    {"export"},
+    {"export", "huggingface"},
     {""},
     {"benchmarks"},
     {"demo"},
@@ -37,7 +37,7 @@ PLACES = {
 # What may import more than torch at module level, because it is itself imported only when it is asked for.
 ON_DEMAND = (
     *("pytorch_ext.cli", "pytorch_ext.demo", "pytorch_ext.benchmarks"),
-    *("pytorch_ext.dropin.rules", "pytorch_ext.dropin.standins"),
+    *("pytorch_ext.dropin.rules", "pytorch_ext.dropin.standins", "pytorch_ext.huggingface"),
 )
 OPTIONAL = {
     *("transformers", "tokenizers", "safetensors", "accelerate", "peft", "triton"),

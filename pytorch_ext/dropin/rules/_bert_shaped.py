@@ -37,6 +37,11 @@ def bert_shaped_rules(models: str, prefix: str, standins: str) -> list[Rule]:
     ]
 
 
+def asks_for_attentions(config) -> str | None:
+    asks = getattr(config, "output_attentions", False)
+    return "its config asks for attention weights at every call" if asks else None
+
+
 def _encoder_unfit(layer: str):
     fit = layers_fit(layer)
 
@@ -44,9 +49,11 @@ def _encoder_unfit(layer: str):
         config = encoder.config
         if config.is_decoder or config.add_cross_attention:
             return "it is a decoder; padding removal is for encoders"
-        if getattr(config, "output_attentions", False):
-            return "its config asks for attention weights at every call"
-        return fit(encoder) or next(filter(None, map(_layer_unfit, encoder.layer)), None)
+        return (
+            asks_for_attentions(config)
+            or fit(encoder)
+            or next(filter(None, map(_layer_unfit, encoder.layer)), None)
+        )
 
     return unfit
 

@@ -78,10 +78,9 @@ class FusedLayer:
             or past_key_values is not None
             or wanted("output_attentions", self.attention.self.config, kwargs)
         )
-        if not asked_for_more:
-            parts = bert_parts(self)
-            if unhindered(parts, self.containers):
-                return fused_layer(self, parts, hidden_states, attention_mask, packed)
+        parts = bert_parts(self)
+        if not asked_for_more and unhindered(parts, self.containers):
+            return fused_layer(self, parts, hidden_states, attention_mask, packed)
         return _encoder.original_layer(
             self,
             super().forward,
