@@ -19,7 +19,7 @@ from .sizes import Sizes
 def gelu(x, TANH: tl.constexpr):
     if TANH:
         tail = _logistic_tail(x)
-        return tl.where(x < 0.0, x * tail, x - x * tail)
+        return x * tl.where(x < 0.0, tail, 1.0 - tail)
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
