@@ -4,6 +4,8 @@ By itself it does so for flash-attn alone, which has to be asked for by name and
 in the module: what it held when it was loaded is what it holds after ``revert``.
 """
 
+import copyreg
+
 from sentence_transformers.base.modules import transformer
 from transformers import DataCollatorWithFlattening
 
@@ -17,7 +19,15 @@ class _FirstPosition:
         return module._infer_flatten_position_offset()
 
 
-class FlatteningTransformer(transformer.Transformer):
+class _SavedAsOriginal(type(transformer.Transformer)):
+    """``save_pretrained`` writes down where a module's class is from, and loads no class that is from elsewhere.
+
+    So the class says that it is from where its original is. A pickle, which would look for it there, calls a function.
+    """
+
+
+class FlatteningTransformer(transformer.Transformer, metaclass=_SavedAsOriginal):
+    __module__ = transformer.Transformer.__module__
     calls_modules = True
     data_collator = DataCollatorWithFlattening(
         return_position_ids=True, return_seq_idx=True, return_flash_attn_kwargs=True
@@ -50,3 +60,10 @@ def _attends_flattened(module: transformer.Transformer) -> bool:
         and module.model_forward_params is None  # else where the texts begin would not reach the attention
         and getattr(model, "is_backend_compatible", bool)()
     )
+
+
+def _standin() -> type[FlatteningTransformer]:
+    return FlatteningTransformer
+
+
+copyreg.pickle(_SavedAsOriginal, lambda cls: (_standin, ()))
