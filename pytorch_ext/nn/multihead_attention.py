@@ -51,6 +51,10 @@ class MultiheadAttention(nn.MultiheadAttention):
             need_weights=need_weights,
         )
         if not where.fits or not inputs_fit(self, query, key, value):
+            # PyTorch's path for inference would look less closely than the one for training.
+            if query.dim() and query.shape[-1] != self.embed_dim:
+                expected = f"embedding dimension {self.embed_dim}"
+                raise AssertionError(f"query: expected {expected}, got shape {tuple(query.shape)}")
             return super().forward(query, key, value, **masks, **weights)
         if not need_weights:
             return project_out(self, attend(self, query, key, value, where)), None

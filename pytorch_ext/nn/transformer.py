@@ -16,7 +16,7 @@ class Transformer(nn.Transformer):
     """As :class:`torch.nn.Transformer`, over :mod:`pytorch_ext.ops` (Vaswani et al. 2017, arXiv 1706.03762).
 
     Its encoder is a :class:`TransformerEncoder` and its decoder a :class:`TransformerDecoder`, unless others are given.
-    The encoder removes padding where ``memory_key_padding_mask`` keeps the decoder from seeing it.
+    The encoder removes padding where ``memory_key_padding_mask`` hides it from the decoder.
     """
 
     @functools.wraps(nn.Transformer.__init__)
@@ -62,12 +62,23 @@ def transform(
 ) -> Tensor:
     """The ``forward`` of a Transformer, with the padding removed as ``optimize`` was told."""
     (src_mask, *other_masks), (src_padding, *other_padding) = masks, padding
-    seen = remove_padding == "auto" and other_padding[1] is None and is_ours(model.encoder)
-    if seen and src_padding is not None and src_padding.dtype == torch.bool:
+    may_stay = remove_padding == "auto" and is_ours(model.encoder)
+    if may_stay and src_padding is not None and not _hides(other_padding[1], src_padding):
         # The encoder keeps the padding under an additive mask.
         src_mask, src_padding = additive(src_mask, src.dtype), additive(src_padding, src.dtype)
         masks, padding = (src_mask, *other_masks), (src_padding, *other_padding)
         out = nn.Transformer.forward(model, src, tgt, *masks, *padding, *hints)
-        note(model.encoder, "dense: without a memory_key_padding_mask the decoder attends all of its output")
+        note(model.encoder, "dense: memory_key_padding_mask lets the decoder attend its padding")
         return out
     return nn.Transformer.forward(model, src, tgt, *masks, *padding, *hints)
+
+
+def _hides(memory_padding: Tensor | None, src_padding: Tensor) -> bool:
+    """Whether the decoder sees no padding of the source. Of two tensors the values are compared, where they can be."""
+    if memory_padding is src_padding or src_padding.dtype != torch.bool:
+        return True  # an additive mask keeps the padding by itself
+    if memory_padding is None or memory_padding.dtype != torch.bool:
+        return False
+    if memory_padding.shape != src_padding.shape or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active() and not bool((src_padding & ~memory_padding).any())
