@@ -18,12 +18,13 @@ from ._attention_tiles import (
     key_range,
     masked_scores,
     rows_at,
+    store_rows,
     tokens_of,
     visible_keys,
     zero_rows,
 )
 from .philox import dropped, keep_attention
-from .precision import narrowed, product, stored
+from .precision import narrowed, product
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _take_keys(
     """``(acc, m_i, l_i)`` with one more tile of keys."""
     k_ptr, k_row_stride = k_in
     v_ptr, v_row_stride = v_in
-    mask_ptr, mask_q_stride, mask_k_stride = mask_in
+    mask_ptr, _, mask_k_stride = mask_in
     keys = start + tl.arange(0, BLOCK_N)
     visible = keys < end
     if MASKED:
@@ -74,17 +75,20 @@ def _take_keys(
         x, allowed = masked_scores(
             x, queries[:, None], keys[None, :], there, allowed, mask_in, unit, CAUSAL, MASK, PER_QUERY
         )
-    to_log2 = LOG2E if MASK == FLOAT_MASK else unit * LOG2E
     m_ij = tl.max(x, 1)
     if not FIRST:
         m_ij = tl.maximum(m_i, m_ij)
     # A row that has met nothing yet is shifted by nothing: infinity minus infinity is NaN.
-    shift = tl.where(m_ij == float("-inf"), 0.0, m_ij) * to_log2
-    p = tl.exp2(x * to_log2 - shift[:, None])
+    shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
+    if MASK == FLOAT_MASK:  # a mask may have added -3e38, which multiplied is infinite
+        p = tl.exp2((x - shift[:, None]) * LOG2E)
+        alpha = tl.exp2((m_i - shift) * LOG2E)
+    else:
+        p = tl.exp2(x * (unit * LOG2E) - (shift * (unit * LOG2E))[:, None])
+        alpha = tl.exp2((m_i - shift) * (unit * LOG2E))
     if FIRST:
         l_i = tl.sum(p, 1)
     else:
-        alpha = tl.exp2(m_i * to_log2 - shift)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
     if DROPS:
@@ -118,9 +122,7 @@ def _attend(
     if AT_ONCE and BLOCK_N >= 32:
         # Of sequences laid end to end many are much shorter than the longest.
         if end <= BLOCK_N // 2:
-            acc, m_i, l_i = _take_keys(
-                acc, m_i, l_i, 0, end, True, True, EXACT, BLOCK_N // 2, *inputs, *form
-            )
+            acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, EXACT, BLOCK_N // 2, *inputs, *form)
         else:
             acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, EXACT, BLOCK_N, *inputs, *form)
     elif AT_ONCE:
@@ -134,9 +136,7 @@ def _attend(
                     acc, m_i, l_i, start, end, False, False, EXACT, BLOCK_N, *inputs, *form
                 )
         for start in range(0 if EXACT else split, end, BLOCK_N):
-            acc, m_i, l_i = _take_keys(
-                acc, m_i, l_i, start, end, False, True, EXACT, BLOCK_N, *inputs, *form
-            )
+            acc, m_i, l_i = _take_keys(acc, m_i, l_i, start, end, False, True, EXACT, BLOCK_N, *inputs, *form)
     return acc, m_i, l_i
 
 
@@ -261,7 +261,7 @@ def _attention_fwd_kernel(
         AT_ONCE,
         EXACT=False,
     )
-    if CAUSAL or PER_QUERY:
+    if CAUSAL or PER_QUERY:  # noqa: SIM102
         if any_not_finite(acc):
             acc, m_i, l_i = _attend(
                 plain,
@@ -277,10 +277,9 @@ def _attention_fwd_kernel(
 
     # A query that may attend nothing gets zeros.
     nothing = l_i == 0.0
-    acc = acc / tl.where(nothing, 1.0, l_i)[:, None]
-    dims = tl.arange(0, BLOCK_DV)
-    at = out_ptr + queries.to(tl.int64)[:, None] * out_row_stride + dims[None, :]
-    stored(at, acc, there[:, None] & (dims < VALUE_DIM)[None, :])
+    l_i = tl.where(nothing, 1.0, l_i)
+    acc = acc / l_i[:, None]
+    store_rows(out_ptr, first, out_row_stride, there, acc, VALUE_DIM, BLOCK_DV, BLOCK_M)
     if MASK != FLOAT_MASK:
         m_i = m_i * unit
     tl.store(lse_ptr + queries, tl.where(nothing, float("-inf"), m_i + tl.log(l_i)), mask=there)

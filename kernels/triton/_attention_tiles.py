@@ -7,7 +7,7 @@ within the sequence of shapes ``(M, 1)`` and ``(1, N)``, or ``(1, M)`` and ``(N,
 import triton
 import triton.language as tl
 
-from .precision import loaded
+from .precision import loaded, stored
 
 # Kinds of masks.
 NO_MASK: tl.constexpr = tl.constexpr(0)
@@ -23,16 +23,6 @@ def tokens_of(cu_ptr, sequence):
     """``(first, length)``: the tokens of one of the sequences that are laid end to end."""
     first = tl.load(cu_ptr + sequence)
     return first.to(tl.int64), tl.load(cu_ptr + sequence + 1) - first
-
-
-@triton.jit
-def zero_rows(ptr, first, step, end, row_stride, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, COUNT: tl.constexpr):
-    """Zeros in ``COUNT`` rows from ``first`` on, and again after every ``step`` rows, up to ``end``."""
-    dims = tl.arange(0, BLOCK_DIM)
-    for start in range(first, end, step):
-        rows = start + tl.arange(0, COUNT)
-        at = ptr + rows.to(tl.int64)[:, None] * row_stride + dims[None, :]
-        tl.store(at, tl.zeros([COUNT, BLOCK_DIM], ptr.dtype.element_ty), mask=(rows < end)[:, None] & (dims < DIM)[None, :])
 
 
 @triton.jit
@@ -57,6 +47,40 @@ def rows_at(
         return tl.load(at)
     else:
         return tl.load(at, mask=(dims < DIM)[None, :] & there[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    ptr,  # to the first row of (length, DIM)
+    first,
+    row_stride,
+    there,  # (COUNT) bool: which rows to write
+    rows,  # (COUNT, BLOCK_DIM)
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    dims = tl.arange(0, BLOCK_DIM)
+    at = ptr + (first + tl.arange(0, COUNT)).to(tl.int64)[:, None] * row_stride + dims[None, :]
+    stored(at, rows, there[:, None] & (dims < DIM)[None, :])
+
+
+@triton.jit
+def zero_rows(
+    ptr,  # to the first row of (length, DIM)
+    first,
+    step,
+    end,
+    row_stride,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Zeros in ``COUNT`` rows from ``first`` on, and again after every ``step`` rows, up to ``end``."""
+    zeros = tl.zeros([COUNT, BLOCK_DIM], tl.float32)
+    for start in range(first, end, step):
+        there = start + tl.arange(0, COUNT) < end
+        store_rows(ptr, start, row_stride, there, zeros, DIM, BLOCK_DIM, COUNT)
 
 
 @triton.jit
@@ -157,12 +181,12 @@ def add_allowed(
     """
     dims = tl.arange(0, BLOCK_DIM)
     ptr += tl.cast(first, tl.int64) * row_stride
-    for j in range(0, COUNT):
+    count = tl.max(tl.where(there, tl.arange(0, COUNT) + 1, 0), 0)
+    for j in range(COUNT):
         here = tl.arange(0, COUNT) == j
         weight = tl.sum(tl.where(here[None, :], weights, 0.0), 1)
         sees = tl.max(tl.where((here & there)[None, :] & allowed, 1, 0), 1) > 0
-        exists = tl.max(tl.where(here & there, 1, 0), 0) > 0
-        row = loaded(ptr + dims, (dims < DIM) & exists)
+        row = loaded(ptr + dims, dims < tl.where(j < count, DIM, 0))
         acc += tl.where(sees[:, None], weight[:, None] * row[None, :], 0.0)
         ptr += row_stride
     return acc
