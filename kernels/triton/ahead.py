@@ -35,8 +35,13 @@ REGISTERS = 65536  # of a multiprocessor
 # What multiplies 16-bit matrices, the best first; the smaller tiles of an architecture use what came before it.
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 TYPES = {
-    **{torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"},
-    **{torch.int64: "i64", torch.int32: "i32", torch.bool: "i1", torch.uint8: "u8"},
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.uint8: "u8",
 }
 
 

@@ -66,7 +66,7 @@ def _bias_gelu_bwd_kernel(
     dbias = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     for start in range(first, rows, tl.num_programs(0) * BLOCK_ROWS):
-        row_offs = start + tl.arange(0, BLOCK_ROWS)
+        row_offs = (start + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
         mask = (row_offs < rows)[:, None] & col_mask[None, :]
         dout = loaded(dout_ptr + row_offs[:, None] * dout_row_stride + wide_offs * dout_col_stride, mask)
         x = loaded(x_ptr + row_offs[:, None] * x_row_stride + wide_offs * x_col_stride, mask)

@@ -24,8 +24,9 @@ def dropout_arguments(dropout_p: float) -> tuple[int, float]:
 def keep_rows(rng_ptr, threshold, scale, rows, first_col, BLOCK_COLS: tl.constexpr):
     """Which elements of a matrix dropout keeps: bool ``(len(rows), BLOCK_COLS)``.
 
-    ``rows`` is int64, ``first_col`` a multiple of four, and so is ``BLOCK_COLS``.
+    ``first_col`` is a multiple of four, and so is ``BLOCK_COLS``.
     """
+    rows = rows.to(tl.int64)
     low = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
     high = (rows >> 32).to(tl.uint32)[:, None]
     return _keep(rng_ptr, threshold, scale, first_col, low, high, BLOCK_COLS)

@@ -74,19 +74,20 @@ def _sum_partials_kernel(
     total = tl.sum(total, 0)
     if which == 0:
         stored(first_ptr + col_offs, total, col_mask)
-    # Nested: without a pointer there is nothing to compile.
-    if second_ptr is not None:  # noqa: SIM102
+    if second_ptr is not None:
         if which == 1:
             stored(second_ptr + col_offs, total, col_mask)
-    if third_ptr is not None:  # noqa: SIM102
+    if third_ptr is not None:
         if which == 2:
             stored(third_ptr + col_offs, total, col_mask)
 
 
-def sum_partials(partials: Tensor, *outs: Tensor) -> None:
-    """Adds up ``partials`` (sums, count, cols) over ``count`` and writes each sum to its ``out`` (cols,)."""
+def sum_partials(partials: Tensor | None, *gradients: Tensor) -> None:
+    """Adds up ``partials`` (sums, count, cols) over ``count``, each sum into a gradient: one that is not empty."""
+    if partials is None:
+        return
     sums, count, cols = partials.shape
-    first, second, third = (*outs, None, None)[:3]
+    first, second, third = (*(g for g in gradients if g.numel()), None, None)[:3]
     # Grid: blocks of columns × sums.
     grid = (triton.cdiv(cols, 32), sums)
     launch(
