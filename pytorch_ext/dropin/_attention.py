@@ -56,7 +56,7 @@ def attend(
         causal = causal and mask is None
         context = ops.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale)
         return context.transpose(-2, -3).flatten(-2)
-    if bias is None and (window is None or packed.max_seqlen <= window + 1):
+    if bias is None and (window is None or _all_within(window, packed)):
         cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
         context = ops.varlen_attention(
             *(q, k, v, cu_seqlens, cu_seqlens, longest, longest),
@@ -67,9 +67,16 @@ def attend(
         return context.flatten(-2)
     if causal:
         raise ValueError("causal: expected False beside a bias or a window, got True")
-    if packed.lengths is not None and q.is_cpu:
+    # Tokens that stood apart have other distances than their places say.
+    if q.is_cpu and packed.lengths is not None and packed.gapless():
         return _one_by_one(q, k, v, packed.lengths, dropout_p, scale, bias, window)
     return _within_padding(q, k, v, packed, dropout_p, scale, bias, window)
+
+
+def _all_within(window: int, packed: Packed) -> bool:
+    """Whether no two tokens of a sequence are further apart than the window."""
+    span = packed.max_seqlen if packed.mask is None else packed.mask.shape[1]
+    return span <= window + 1 or (packed.max_seqlen <= window + 1 and packed.gapless())
 
 
 def biased(bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,9 +1,8 @@
 """When padding is removed, and the batch without it: as ``optimize`` was told."""
 
-import weakref
-
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..nn import _padding
 from ..nn._padding import Packed, attention_mask, flattened, last_forward, note, same_sequence
@@ -28,8 +27,8 @@ def pack(
     return _padding.pack(encoder, x, mask, options.remove_padding, options.kept_because)
 
 
-# By the id of a mask: the mask, what became of it, and nothing that keeps it alive.
-_packed: dict[int, tuple[weakref.ref, Packed | None, Tensor | None]] = {}
+# What became of a mask, as long as the mask is there.
+_found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def pack_once(
@@ -39,16 +38,10 @@ def pack_once(
 
     The layers of one forward are handed one mask. The first of them looks at it, the others find what it found.
     """
-    known = None if first or mask is None else _packed.get(id(mask))
-    if known is not None and known[0]() is mask:
-        return known[1:]
-    _, packed, dense_mask = pack(layer, x, mask, options)
-    if mask is not None and not torch.compiler.is_compiling():
-        key = id(mask)
-        _packed[key] = (weakref.ref(mask, lambda gone: _forget(key, gone)), packed, dense_mask)
-    return packed, dense_mask
-
-
-def _forget(key: int, gone: weakref.ref) -> None:
-    if key in _packed and _packed[key][0] is gone:
-        del _packed[key]
+    if mask is None or torch.compiler.is_compiling():
+        return pack(layer, x, mask, options)[1:]
+    found = None if first else _found.get(mask)
+    if found is None:
+        # Of an alias: what is found must not keep the mask, by which it is found, alive.
+        found = _found[mask] = pack(layer, x, mask.detach(), options)[1:]
+    return found

@@ -30,6 +30,7 @@ class Packed:
     cu_seqlens: Tensor
     max_seqlen: int
     lengths: list[int] | None = None
+    _gapless: bool | None = None
 
     def unpad(self, x: Tensor) -> Tensor:
         return x[0] if self.mask is None else x.flatten(0, 1).index_select(0, self.indices)
@@ -39,6 +40,18 @@ class Packed:
             return tokens[None]
         batch, seqlen = self.mask.shape
         return pad_input(tokens, self.indices, batch, seqlen)
+
+    def gapless(self) -> bool:
+        """Whether the tokens of each sequence stand side by side, so that their distances are what they were."""
+        if self.mask is None or self.lengths is None:
+            return self.mask is None
+        # Positions of the first and the last token of each sequence that has some; known after one look.
+        if self._gapless is None:
+            ends = self.cu_seqlens.long()
+            some = ends[1:] > ends[:-1]
+            spans = self.indices[ends[1:][some] - 1] - self.indices[ends[:-1][some]] + 1
+            self._gapless = torch.equal(spans, ends.diff()[some])
+        return self._gapless
 
     def attended(self, total: int) -> Tensor:
         """The mask for dense attention over the padded batch, or over the ``total`` tokens of a single row."""

@@ -1,14 +1,13 @@
 """MPNet (Song et al. 2020, arXiv 2004.09297) adds a learned bias of the distance to every score, and so needs more than
 varlen attention: see ``_attention.py``."""
 
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet import modeling_mpnet as mpnet
 
 from .._embeddings import fused_embeddings, plain_embeddings, positions_after_padding
 from .._encoder import added_mask, has_foreign_layers, original_layer, run_layers
-from .._padding import Packed, flattened
+from .._padding import Packed
 from .._post_norm import PostNormParts, Sublayer, fused_layer, unhindered
 from . import hf_attention  # noqa: F401  (registers the mask function)
 
@@ -26,10 +25,6 @@ class PaddingFreeMPNetEncoder(mpnet.MPNetEncoder):
         return_dict: bool = False,
         **kwargs,
     ) -> BaseModelOutput | tuple:
-        flat = flattened(hidden_states, attention_mask, kwargs)
-        if flat is not None:  # which the original cannot take
-            kwargs = {name: value for name, value in kwargs.items() if not name.startswith("cu_seq_lens")}
-            return self._flattened(flat, hidden_states, output_attentions, output_hidden_states, return_dict)
         if output_attentions or has_foreign_layers(self.layer):
             mask = added_mask(attention_mask, hidden_states)
             return super().forward(
@@ -43,21 +38,6 @@ class PaddingFreeMPNetEncoder(mpnet.MPNetEncoder):
         if not return_dict:
             return (last,) if all_hidden_states is None else (last, all_hidden_states)
         return BaseModelOutput(last_hidden_state=last, hidden_states=all_hidden_states)
-
-    def _flattened(self, flat: Packed, hidden_states: Tensor, *options) -> BaseModelOutput | tuple:
-        """A batch that came as one row, run as rows of its own and laid end to end again."""
-        lengths = flat.cu_seqlens.diff()
-        mask = torch.arange(flat.max_seqlen, device=lengths.device) < lengths[:, None]
-        rows = Packed(mask, mask.flatten().nonzero().flatten(), flat.cu_seqlens, flat.max_seqlen)
-        found = self.forward(rows.pad(hidden_states[0]), mask, *options)
-        laid = (
-            {name: _each(rows.unpad, value) for name, value in dict(found).items()} if options[-1] else None
-        )
-        return BaseModelOutput(**laid) if laid else tuple(_each(rows.unpad, value) for value in found)
-
-
-def _each(unpad, value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-    return unpad(value)[None] if isinstance(value, Tensor) else tuple(unpad(t)[None] for t in value)
 
 
 class FusedMPNetLayer(mpnet.MPNetLayer):
