@@ -115,8 +115,8 @@ def _kept_reason(
         return "src has no batch dimension"
     if padding.dtype != torch.bool:
         return "the padding mask is additive, which says more than where padding is"
-    if mask is not None and not causal:
-        return "there is an attention mask beside it that is not causal"
+    if mask is not None and (not causal or mask.requires_grad):
+        return "there is an attention mask beside it that is not causal, or learns"
     norm = encoder.norm
     if norm is not None and type(norm) not in bypass.NORMS and type(norm) not in _TOKEN_BY_TOKEN:
         return f"its norm is a {type(norm).__qualname__}"

@@ -164,7 +164,7 @@ def encoders(make_pair, options, norm=None, layers=2):
         ("full", None, "dense: the batch has no padding"),
         ("left", None, "dense: position 0 of sequence 1 is padding, and heads may read position 0"),
         ("empty", None, "dense: position 0 of sequence 1 is padding, and heads may read position 0"),
-        ("right", "float", "dense: there is an attention mask beside it that is not causal"),
+        ("right", "float", "dense: there is an attention mask beside it that is not causal, or learns"),
         ("float", None, "dense: the padding mask is additive, which says more than where padding is"),
         (None, None, "dense: no mask was given"),
         (None, "causal", "dense: no mask was given"),
@@ -188,6 +188,18 @@ def test_when_padding_is_removed(make_pair, monkeypatch, training, batch_first, 
     if removed:
         padded = (out if batch_first else out.transpose(0, 1))[padding_of(kind)]
         assert padded.numel() and not padded.any()
+
+
+def test_a_causal_mask_that_learns_gets_its_gradient(make_pair):
+    pair = encoders(make_pair, {"activation": "relu", "batch_first": True})
+    gradients = []
+    for module in pair:
+        mask = nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.float64).requires_grad_()
+        with pytest.warns(UserWarning, match="mismatched"):
+            out = module(torch.ones(N, S, E).double().cumsum(1), mask, padding_of("right"))
+        loss = out[~padding_of("right")].sin().sum()
+        gradients.append(torch.autograd.grad(loss, mask)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
