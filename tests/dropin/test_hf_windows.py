@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import pytorch_ext
 from pytorch_ext.dropin import _attention
 from pytorch_ext.dropin._attention import attend
 from pytorch_ext.nn._padding import Packed
@@ -126,3 +127,19 @@ def test_a_mask_that_was_edited_in_place_counts_anew(make_pair, make_batch, asse
         batch.inputs["attention_mask"][:, 3:5] = True
         batch.real = batch.inputs["attention_mask"].clone()
         assert_same(original, fast, batch, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hf.ModernBertModel", "hf.GPT2Model"])
+def test_what_explain_says_of_layers_that_remove_padding_each(make_pair, make_batch, name):
+    _, fast = make_pair(name)
+    batch = make_batch(types=False)
+    with torch.no_grad():
+        fast(**batch.inputs)
+    report = pytorch_ext.explain(fast)
+    where = "layers.*" if "Modern" in name else "h.*"
+    assert report.padding == [
+        f"{where}: removed where a 2-D mask shows some and position 0 is real",
+        f"{where}: last forward without padding: 25 of 44 positions were real tokens",
+    ]
+    assert all(row.inside for row in report.replaced if row.where.startswith(f"{where}."))
+    assert not any(row.where.startswith(where) for row in report.left)

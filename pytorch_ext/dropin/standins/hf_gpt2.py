@@ -24,6 +24,7 @@ from .hf_attention import weights_recorded
 
 class FusedGPT2Block(gpt2.GPT2Block):
     removes_padding = True
+    one_of_many = True  # layers that do so each for itself
     reads_padding_mask = True
     containers = (gpt2.GPT2Attention, gpt2.GPT2MLP)
 

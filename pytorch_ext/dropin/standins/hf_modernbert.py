@@ -16,6 +16,7 @@ from . import hf_attention  # noqa: F401  (registers the attention implementatio
 
 class FusedModernBertEncoderLayer(modernbert.ModernBertEncoderLayer):
     removes_padding = True
+    one_of_many = True  # layers that do so each for itself
     reads_padding_mask = True
     containers = (modernbert.ModernBertAttention, modernbert.ModernBertMLP)
 
