@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._attention_tiles import (
+    EXACT_BLOCK,
     FLOAT_MASK,
     LOG2E,
     NO_MASK,
@@ -39,6 +40,7 @@ def _add_queries(
     WHOLE: tl.constexpr,  # all keys of the sequence are in the tile
     MASKED: tl.constexpr,  # some query may not attend some key
     EXACT: tl.constexpr,  # queries and gradients that are not finite are kept from keys that they may not attend
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     # What follows is the same for all tiles of a head.
     q_in,  # pointer to (q_len, HEAD_DIM) of this sequence and head, stride of its rows
@@ -54,7 +56,6 @@ def _add_queries(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     PER_QUERY: tl.constexpr,
@@ -129,6 +130,7 @@ def _own_keys(
     plain,  # behind the keys that every query may attend
     WHOLE: tl.constexpr,
     EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     k_in,  # pointer to (k_len, HEAD_DIM) of this sequence and key head, stride of its rows
     v_in,  # pointer to (k_len, VALUE_DIM), stride of its rows
@@ -148,14 +150,15 @@ def _own_keys(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     PER_QUERY: tl.constexpr,
     DROPS: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
-    """``(dk, dv)`` of a tile of keys, over all queries of all heads that share them."""
+    """``(dk, dv)`` of a tile of keys, over all queries of all heads that share them; and whether, under a mask, a
+    product was spoiled by what is not finite, and has to be made anew with EXACT.
+    """
     k_ptr, k_row_stride = k_in
     v_ptr, v_row_stride = v_in
     group, q_head_stride, do_head_stride, dq_head_stride, lse_stride, mask_head_stride = heads_in
@@ -167,13 +170,14 @@ def _own_keys(
     keys = first_key + tl.arange(0, BLOCK_N)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    spoiled = first_key < 0
     # Queries before `begin` may attend none of the keys, those from `split` on all of them.
     LOOKS: tl.constexpr = WHOLE or EXACT or CAUSAL or MASK != NO_MASK
     begin = first_key // BLOCK_M * BLOCK_M if CAUSAL else first_key * 0
     split = q_len
     if not LOOKS:
         split = begin
-    elif not WHOLE and not EXACT:  # noqa: SIM102
+    elif not WHOLE and not EXACT:
         if first_key + BLOCK_N <= plain:
             if CAUSAL:
                 split = tl.minimum(q_len, (first_key + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
@@ -197,30 +201,33 @@ def _own_keys(
         if LOOKS:
             for first in range(begin, split, BLOCK_M):
                 dk, dv, ds, allowed = _add_queries(
-                    dk, dv, first, k, v, keys, visible, WHOLE, True, EXACT, BLOCK_N, *inputs, *form
+                    dk, dv, first, k, v, keys, visible, WHOLE, True, EXACT, BLOCK_M, BLOCK_N, *inputs, *form
                 )
-                if WHOLE and not EXACT:
+                if WHOLE:
                     there = first + tl.arange(0, BLOCK_M) < q_len
-                    dq = product(tl.trans(narrowed(ds, k.dtype)), k, None)
-                    if CAUSAL or PER_QUERY:  # noqa: SIM102
-                        if any_not_finite(dq):
-                            dq = add_allowed(
-                                tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-                                tl.trans(ds),
-                                tl.trans(allowed),
-                                k_ptr,
-                                first_key,
-                                k_row_stride,
-                                visible,
-                                HEAD_DIM,
-                                BLOCK_D,
-                                BLOCK_N,
-                            )
+                    if EXACT:
+                        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                        dq = add_allowed(
+                            dq,
+                            tl.trans(ds),
+                            tl.trans(allowed),
+                            k_ptr,
+                            first_key,
+                            k_row_stride,
+                            visible,
+                            HEAD_DIM,
+                            BLOCK_D,
+                            BLOCK_N,
+                        )
+                    else:
+                        dq = product(tl.trans(narrowed(ds, k.dtype)), k, None)
+                        if CAUSAL or PER_QUERY:
+                            spoiled = spoiled | any_not_finite(dq)
                     store_rows(dq_ptr, first, dq_row_stride, there, dq * scale, HEAD_DIM, BLOCK_D, BLOCK_M)
         if not WHOLE and not EXACT:
             for first in range(tl.maximum(begin, split), q_len, BLOCK_M):
                 dk, dv, ds, allowed = _add_queries(
-                    dk, dv, first, k, v, keys, visible, WHOLE, False, EXACT, BLOCK_N, *inputs, *form
+                    dk, dv, first, k, v, keys, visible, WHOLE, False, EXACT, BLOCK_M, BLOCK_N, *inputs, *form
                 )
         q_ptr += q_head_stride
         do_ptr += do_head_stride
@@ -232,7 +239,9 @@ def _own_keys(
         if MASK != NO_MASK:
             mask_ptr += mask_head_stride
         head += 1
-    return dk * scale, dv
+    if CAUSAL or MASK != NO_MASK:
+        spoiled = spoiled | any_not_finite(dk) | any_not_finite(dv)
+    return dk * scale, dv, spoiled
 
 
 @triton.jit
@@ -244,6 +253,7 @@ def _give_keys(
     dk_in,  # pointer to (k_len, HEAD_DIM) of this sequence and key head, stride of its rows
     dv_in,  # pointer to (k_len, VALUE_DIM), stride of its rows
     WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     inputs,
     form,  # what follows, to be handed on
@@ -251,7 +261,6 @@ def _give_keys(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     PER_QUERY: tl.constexpr,
@@ -261,10 +270,12 @@ def _give_keys(
     """Writes the gradients of a tile of keys."""
     dk_ptr, dk_row_stride = dk_in
     dv_ptr, dv_row_stride = dv_in
-    dk, dv = _own_keys(first_key, end, plain, WHOLE, False, BLOCK_N, *inputs, form, *form)
-    if CAUSAL or MASK != NO_MASK:  # noqa: SIM102
-        if any_not_finite(dk) | any_not_finite(dv):
-            dk, dv = _own_keys(first_key, end, plain, WHOLE, True, BLOCK_N, *inputs, form, *form)
+    dk, dv, spoiled = _own_keys(first_key, end, plain, WHOLE, False, BLOCK_M, BLOCK_N, *inputs, form, *form)
+    if CAUSAL or MASK != NO_MASK:
+        if spoiled:
+            dk, dv, spoiled = _own_keys(
+                first_key, end, plain, WHOLE, True, EXACT_BLOCK, BLOCK_N, *inputs, form, *form
+            )
     there = first_key + tl.arange(0, BLOCK_N) < k_len
     store_rows(dk_ptr, first_key, dk_row_stride, there, dk, HEAD_DIM, BLOCK_D, BLOCK_N)
     store_rows(dv_ptr, first_key, dv_row_stride, there, dv, VALUE_DIM, BLOCK_DV, BLOCK_N)
@@ -284,16 +295,21 @@ def _give_keys_by_size(
     inputs,
     form,
     WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     if WHOLE and BLOCK_N >= 32:
         # Of sequences laid end to end many are much shorter than the longest.
         if end <= BLOCK_N // 2:
-            _give_keys(first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_N // 2, inputs, form, *form)
+            _give_keys(
+                first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_M, BLOCK_N // 2, inputs, form, *form
+            )
         else:
-            _give_keys(first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_N, inputs, form, *form)
+            _give_keys(
+                first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_M, BLOCK_N, inputs, form, *form
+            )
     else:
-        _give_keys(first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_N, inputs, form, *form)
+        _give_keys(first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_M, BLOCK_N, inputs, form, *form)
 
 
 @triton.jit(do_not_specialize=["sequences", "k_blocks", "q_len", "k_len", "lse_stride", "threshold"])
@@ -418,7 +434,7 @@ def _attention_bwd_keys_kernel(
         else:
             delta_ptr += batch * (key_heads * group) * lse_stride
     first_key = block * BLOCK_N
-    if not WHOLE:  # noqa: SIM102
+    if not WHOLE:
         if first_key >= k_len:
             return
     if MASK != NO_MASK:
@@ -431,7 +447,7 @@ def _attention_bwd_keys_kernel(
             )
             end = tl.maximum(end, other_end)
             plain = tl.minimum(plain, other_plain)
-    if not WHOLE:  # noqa: SIM102
+    if not WHOLE:
         if first_key >= end:
             q_len *= 0  # nothing may attend these keys
     inputs = (
@@ -457,7 +473,8 @@ def _attention_bwd_keys_kernel(
         (dk_ptr, dk_row_stride),
         (dv_ptr, dv_row_stride),
         inputs,
-        (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, CAUSAL, MASK, PER_QUERY, DROPS, NEGATIVE),
+        (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CAUSAL, MASK, PER_QUERY, DROPS, NEGATIVE),
         WHOLE,
+        BLOCK_M,
         BLOCK_N,
     )

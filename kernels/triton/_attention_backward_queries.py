@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ._attention_tiles import (
+    EXACT_BLOCK,
     FLOAT_MASK,
     LOG2E,
     NO_MASK,
@@ -32,6 +33,7 @@ def _add_keys(
     end,  # behind the keys that any query may attend
     MASKED: tl.constexpr,  # some query may not attend some key
     EXACT: tl.constexpr,  # keys that are not finite are kept from the queries that may not attend them
+    BLOCK_N: tl.constexpr,
     # What follows is the same for all tiles of a program.
     q,  # (BLOCK_M, BLOCK_D)
     do,  # (BLOCK_M, BLOCK_DV)
@@ -49,7 +51,6 @@ def _add_keys(
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     PER_QUERY: tl.constexpr,
@@ -108,12 +109,16 @@ def _own_queries(
     BLOCK_D: tl.constexpr,
 ):
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    split = plain // BLOCK_N * BLOCK_N
-    if not EXACT:
+    if EXACT:
+        for start in range(0, end, EXACT_BLOCK):
+            dq = _add_keys(dq, start, end, True, True, EXACT_BLOCK, *inputs, *form)
+    else:
+        # First the whole blocks that need no look at masks, then the others.
+        split = plain // BLOCK_N * BLOCK_N
         for start in range(0, split, BLOCK_N):
-            dq = _add_keys(dq, start, end, False, EXACT, *inputs, *form)
-    for start in range(0 if EXACT else split, end, BLOCK_N):
-        dq = _add_keys(dq, start, end, True, EXACT, *inputs, *form)
+            dq = _add_keys(dq, start, end, False, False, BLOCK_N, *inputs, *form)
+        for start in range(split, end, BLOCK_N):
+            dq = _add_keys(dq, start, end, True, False, BLOCK_N, *inputs, *form)
     return dq
 
 
@@ -256,19 +261,19 @@ def _attention_bwd_queries_kernel(
         plain,
         end,
         inputs,
-        (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, MASK, PER_QUERY, DROPS, NEGATIVE),
+        (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CAUSAL, MASK, PER_QUERY, DROPS, NEGATIVE),
         False,
         BLOCK_M,
         BLOCK_N,
         BLOCK_D,
     )
-    if CAUSAL or PER_QUERY:  # noqa: SIM102
+    if CAUSAL or PER_QUERY:
         if any_not_finite(dq):
             dq = _own_queries(
                 plain,
                 end,
                 inputs,
-                (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, CAUSAL, MASK, PER_QUERY, DROPS, NEGATIVE),
+                (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CAUSAL, MASK, PER_QUERY, DROPS, NEGATIVE),
                 True,
                 BLOCK_M,
                 BLOCK_N,

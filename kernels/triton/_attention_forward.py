@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._attention_tiles import (
+    EXACT_BLOCK,
     FLOAT_MASK,
     LOG2E,
     NO_MASK,
@@ -17,6 +18,7 @@ from ._attention_tiles import (
     any_not_finite,
     key_range,
     masked_scores,
+    powers,
     rows_at,
     store_rows,
     tokens_of,
@@ -84,7 +86,7 @@ def _take_keys(
         p = tl.exp2((x - shift[:, None]) * LOG2E)
         alpha = tl.exp2((m_i - shift) * LOG2E)
     else:
-        p = tl.exp2(x * (unit * LOG2E) - (shift * (unit * LOG2E))[:, None])
+        p = powers(x, shift[:, None], unit * LOG2E)
         alpha = tl.exp2((m_i - shift) * (unit * LOG2E))
     if FIRST:
         l_i = tl.sum(p, 1)
@@ -119,24 +121,28 @@ def _attend(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    if AT_ONCE and BLOCK_N >= 32:
+    if EXACT:
+        for start in range(0, end, EXACT_BLOCK):
+            acc, m_i, l_i = _take_keys(
+                acc, m_i, l_i, start, end, False, True, True, EXACT_BLOCK, *inputs, *form
+            )
+    elif AT_ONCE and BLOCK_N >= 32:
         # Of sequences laid end to end many are much shorter than the longest.
         if end <= BLOCK_N // 2:
-            acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, EXACT, BLOCK_N // 2, *inputs, *form)
+            acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, False, BLOCK_N // 2, *inputs, *form)
         else:
-            acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, EXACT, BLOCK_N, *inputs, *form)
+            acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, False, BLOCK_N, *inputs, *form)
     elif AT_ONCE:
-        acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, EXACT, BLOCK_N, *inputs, *form)
+        acc, m_i, l_i = _take_keys(acc, m_i, l_i, 0, end, True, True, False, BLOCK_N, *inputs, *form)
     else:
         # First the whole blocks that need no look at masks, then the others.
         split = plain // BLOCK_N * BLOCK_N
-        if not EXACT:
-            for start in range(0, split, BLOCK_N):
-                acc, m_i, l_i = _take_keys(
-                    acc, m_i, l_i, start, end, False, False, EXACT, BLOCK_N, *inputs, *form
-                )
-        for start in range(0 if EXACT else split, end, BLOCK_N):
-            acc, m_i, l_i = _take_keys(acc, m_i, l_i, start, end, False, True, EXACT, BLOCK_N, *inputs, *form)
+        for start in range(0, split, BLOCK_N):
+            acc, m_i, l_i = _take_keys(
+                acc, m_i, l_i, start, end, False, False, False, BLOCK_N, *inputs, *form
+            )
+        for start in range(split, end, BLOCK_N):
+            acc, m_i, l_i = _take_keys(acc, m_i, l_i, start, end, False, True, False, BLOCK_N, *inputs, *form)
     return acc, m_i, l_i
 
 
@@ -261,7 +267,7 @@ def _attention_fwd_kernel(
         AT_ONCE,
         EXACT=False,
     )
-    if CAUSAL or PER_QUERY:  # noqa: SIM102
+    if CAUSAL or PER_QUERY:
         if any_not_finite(acc):
             acc, m_i, l_i = _attend(
                 plain,

@@ -7,7 +7,7 @@ within the sequence of shapes ``(M, 1)`` and ``(1, N)``, or ``(1, M)`` and ``(N,
 import triton
 import triton.language as tl
 
-from .precision import loaded, stored
+from .precision import INTERPRET, loaded, stored
 
 # Kinds of masks.
 NO_MASK: tl.constexpr = tl.constexpr(0)
@@ -15,6 +15,8 @@ BOOL_MASK: tl.constexpr = tl.constexpr(1)
 FLOAT_MASK: tl.constexpr = tl.constexpr(2)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Of the tiles where a product was spoiled by what is not finite, and is made anew: small, for it is rare.
+EXACT_BLOCK: tl.constexpr = tl.constexpr(16)
 SCAN: tl.constexpr = tl.constexpr(1024)  # keys that are looked at together for the end of a padded sequence
 
 
@@ -155,6 +157,15 @@ def masked_scores(
         allowed = allowed & (bias != float("-inf"))
         x = x * unit + bias
     return tl.where(allowed, x, float("-inf")), allowed
+
+
+@triton.jit
+def powers(x, shift, factor):
+    """``2 ** ((x - shift) * factor)``."""
+    if INTERPRET:  # a fused operation is rounded twice there, and what is lost is as large as x
+        return tl.exp2((x - shift) * factor)
+    else:
+        return tl.exp2(tl.fma(x, factor, -(shift * factor)))
 
 
 @triton.jit
