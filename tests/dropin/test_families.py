@@ -278,3 +278,37 @@ def test_compiled_without_a_graph_break(pair_and_batch, name):
         got = compiled(**batch.inputs).last_hidden_state
     torch._dynamo.reset()
     torch.testing.assert_close(got[batch.real], expected[batch.real], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["right", "none"])
+@pytest.mark.parametrize("name", [*INNER, "hf.RobertaModel"])
+def test_every_dropout_is_where_it_was(pair_and_batch, assert_same, name, kind):
+    """One after the other drops everything, which no draw can change."""
+    original, fast, batch = pair_and_batch(name, kind)
+    places = [n for n, m in layer(original, name, 0).named_modules() if isinstance(m, torch.nn.Dropout)]
+    rates = [n for n in ("attn.attention_dropout",) if "ModernBert" in name]
+    assert places or rates
+    for place in places + rates:
+        held = []
+        for model in (original.train(), fast.train()):
+            above, _, last = (f"{place}.p" if place in places else place).rpartition(".")
+            module = layer(model, name, 0).get_submodule(above)
+            held.append((module, last, getattr(module, last)))
+            setattr(module, last, 1.0)
+        assert_same(original, fast, batch, backward=True, **tolerance(name))
+        for module, last, value in held:
+            setattr(module, last, value)
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_under_autocast(pair_and_batch, values, assert_rounds_alike, name):
+    original, fast, batch = pair_and_batch(name, dtype=torch.float32)
+    with torch.no_grad():
+        exact = values(original(**batch.inputs), batch.real)["last_hidden_state"]
+        found = []
+        for model in (original, fast):
+            with torch.autocast("cpu", torch.bfloat16):
+                found.append(values(model(**batch.inputs), batch.real)["last_hidden_state"])
+    expected, got = found
+    assert got.dtype == expected.dtype
+    assert_rounds_alike(got, expected, exact)
