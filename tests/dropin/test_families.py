@@ -45,8 +45,8 @@ def tolerance(name):
 
 
 def eager_for(name):
-    """MPNet has no other attention."""
-    return "eager" if "MPNet" in name else "sdpa"
+    """These have no other attention."""
+    return "eager" if any(n in name for n in ("MPNet", "RoFormer", "MegatronBert", "RemBert")) else "sdpa"
 
 
 def layer(model, name, number=-1):
@@ -312,3 +312,30 @@ def test_under_autocast(pair_and_batch, values, assert_rounds_alike, name):
     expected, got = found
     assert got.dtype == expected.dtype
     assert_rounds_alike(got, expected, exact)
+
+
+STRANGERS = [
+    "RoFormer",
+    "MegatronBert",
+    "RemBert",
+    "LayoutLM",
+    "Data2VecText",
+    "Ernie",
+    "RobertaPreLayerNorm",
+    "XLMRobertaXL",
+]
+
+
+@pytest.mark.parametrize("family", STRANGERS)
+def test_other_families_keep_all_but_norms_and_activations(pair_and_batch, assert_same, family):
+    name = f"hf.{family}Model"
+    original, fast, batch = pair_and_batch(name)
+    swapped = {
+        type(original.get_submodule(n)).__name__
+        for n, m in fast.named_modules()
+        if type(m) is not type(original.get_submodule(n))
+    }
+    assert swapped == {"LayerNorm", "GELUActivation"}
+    assert {row.note for row in pytorch_ext.explain(fast).left} == {"no rule for it"}
+    assert fast.config._attn_implementation == original.config._attn_implementation
+    assert_same(original, fast, batch, backward=True)

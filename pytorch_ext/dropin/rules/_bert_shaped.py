@@ -1,4 +1,6 @@
-"""The rules that the families of BERT's shape share: one encoder, its layers, and their embeddings."""
+"""The rules that families of post-norm layers share: one encoder, its layers, and their embeddings."""
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -11,30 +13,47 @@ LAYER_FUSED = "fused QKV, linear + activation, bias + dropout + residual + Layer
 EMBEDDINGS_FUSED = "embedding sum + LayerNorm + dropout"
 
 
+Unfit = Callable[[nn.Module], str | None]
+
+
+def post_norm_rules(
+    models: str,
+    standins: str,
+    encoder: tuple[str, str],
+    layer: tuple[str, str],
+    embeddings: tuple[str, str],
+    *,
+    encoder_unfit: Unfit,
+    layer_unfit: Unfit = lambda layer: None,
+    layer_does: str = LAYER_FUSED,
+    layer_ops: tuple[str, ...] = LAYER_OPS,
+) -> list[Rule]:
+    """For an encoder of post-norm layers: what each class is called in ``models``, and its stand-in in ``standins``."""
+
+    def rule(
+        names: tuple[str, str], does: str, ops: tuple[str, ...], unfit: Unfit = lambda module: None
+    ) -> Rule:
+        target, standin = names
+        return Rule(f"{models}.{target}", f"{standins}:{standin}", does, ops, unfit)
+
+    return [
+        rule(encoder, PADDING_REMOVED, ENCODER_OPS, encoder_unfit),
+        rule(layer, layer_does, layer_ops, layer_unfit),
+        rule(embeddings, EMBEDDINGS_FUSED, ("embedding_layer_norm",)),
+    ]
+
+
 def bert_shaped_rules(models: str, prefix: str, standins: str) -> list[Rule]:
     """For a family whose classes are ``models.<prefix>Encoder``, ``…Layer`` and ``…Embeddings``."""
-    return [
-        Rule(
-            target=f"{models}.{prefix}Encoder",
-            standin=f"{standins}:PaddingFree{prefix}Encoder",
-            does=PADDING_REMOVED,
-            ops=ENCODER_OPS,
-            unfit=_encoder_unfit(f"{models}.{prefix}Layer"),
-        ),
-        Rule(
-            target=f"{models}.{prefix}Layer",
-            standin=f"{standins}:Fused{prefix}Layer",
-            does=LAYER_FUSED,
-            ops=LAYER_OPS,
-            unfit=_layer_unfit,
-        ),
-        Rule(
-            target=f"{models}.{prefix}Embeddings",
-            standin=f"{standins}:Fused{prefix}Embeddings",
-            does=EMBEDDINGS_FUSED,
-            ops=("embedding_layer_norm",),
-        ),
-    ]
+    return post_norm_rules(
+        models,
+        standins,
+        (f"{prefix}Encoder", f"PaddingFree{prefix}Encoder"),
+        (f"{prefix}Layer", f"Fused{prefix}Layer"),
+        (f"{prefix}Embeddings", f"Fused{prefix}Embeddings"),
+        encoder_unfit=_encoder_unfit(f"{models}.{prefix}Layer"),
+        layer_unfit=_layer_unfit,
+    )
 
 
 def asks_for_attentions(config) -> str | None:

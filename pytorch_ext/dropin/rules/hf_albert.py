@@ -2,9 +2,8 @@
 
 from torch import nn
 
-from .._encoder import ENCODER_OPS, LAYER_OPS, layers_are
-from .._swap import Rule
-from ._bert_shaped import EMBEDDINGS_FUSED, LAYER_FUSED, PADDING_REMOVED, asks_for_attentions
+from .._encoder import layers_are
+from ._bert_shaped import asks_for_attentions, post_norm_rules
 
 _MODELS = "transformers.models.albert.modeling_albert"
 _STANDINS = "pytorch_ext.dropin.standins.hf_albert"
@@ -22,25 +21,12 @@ def _layer_unfit(layer: nn.Module) -> str | None:
     return "its config chunks the feed-forward block" if layer.chunk_size_feed_forward else None
 
 
-RULES = [
-    Rule(
-        target=f"{_MODELS}.AlbertTransformer",
-        standin=f"{_STANDINS}:PaddingFreeAlbertTransformer",
-        does=PADDING_REMOVED,
-        ops=ENCODER_OPS,
-        unfit=_encoder_unfit,
-    ),
-    Rule(
-        target=f"{_MODELS}.AlbertLayer",
-        standin=f"{_STANDINS}:FusedAlbertLayer",
-        does=LAYER_FUSED,
-        ops=LAYER_OPS,
-        unfit=_layer_unfit,
-    ),
-    Rule(
-        target=f"{_MODELS}.AlbertEmbeddings",
-        standin=f"{_STANDINS}:FusedAlbertEmbeddings",
-        does=EMBEDDINGS_FUSED,
-        ops=("embedding_layer_norm",),
-    ),
-]
+RULES = post_norm_rules(
+    _MODELS,
+    _STANDINS,
+    ("AlbertTransformer", "PaddingFreeAlbertTransformer"),
+    ("AlbertLayer", "FusedAlbertLayer"),
+    ("AlbertEmbeddings", "FusedAlbertEmbeddings"),
+    encoder_unfit=_encoder_unfit,
+    layer_unfit=_layer_unfit,
+)

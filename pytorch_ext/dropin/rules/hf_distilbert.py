@@ -2,10 +2,9 @@
 
 from torch import nn
 
-from .._encoder import ENCODER_OPS, LAYER_OPS, layers_fit
+from .._encoder import layers_fit
 from .._huggingface import config_of
-from .._swap import Rule
-from ._bert_shaped import EMBEDDINGS_FUSED, LAYER_FUSED, PADDING_REMOVED, asks_for_attentions
+from ._bert_shaped import asks_for_attentions, post_norm_rules
 
 _MODELS = "transformers.models.distilbert.modeling_distilbert"
 _STANDINS = "pytorch_ext.dropin.standins.hf_distilbert"
@@ -22,25 +21,12 @@ def _layer_unfit(layer: nn.Module) -> str | None:
     return "its config chunks the feed-forward block" if layer.ffn.chunk_size_feed_forward else None
 
 
-RULES = [
-    Rule(
-        target=f"{_MODELS}.Transformer",
-        standin=f"{_STANDINS}:PaddingFreeTransformer",
-        does=PADDING_REMOVED,
-        ops=ENCODER_OPS,
-        unfit=_encoder_unfit,
-    ),
-    Rule(
-        target=f"{_MODELS}.TransformerBlock",
-        standin=f"{_STANDINS}:FusedTransformerBlock",
-        does=LAYER_FUSED,
-        ops=LAYER_OPS,
-        unfit=_layer_unfit,
-    ),
-    Rule(
-        target=f"{_MODELS}.Embeddings",
-        standin=f"{_STANDINS}:FusedDistilBertEmbeddings",
-        does=EMBEDDINGS_FUSED,
-        ops=("embedding_layer_norm",),
-    ),
-]
+RULES = post_norm_rules(
+    _MODELS,
+    _STANDINS,
+    ("Transformer", "PaddingFreeTransformer"),
+    ("TransformerBlock", "FusedTransformerBlock"),
+    ("Embeddings", "FusedDistilBertEmbeddings"),
+    encoder_unfit=_encoder_unfit,
+    layer_unfit=_layer_unfit,
+)
