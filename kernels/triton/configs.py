@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .launch import recorded
 from .precision import INTERPRETED
 
 # Each has a column in every table; a GPU of another architecture takes that of its kin. sm_86, sm_89 and sm_120 have
@@ -127,6 +129,13 @@ class Configs:
         finally:
             self._forced = outer
 
+    def sizes_asked(self, call: Callable) -> set[tuple[int, ...]]:
+        """For which sizes ``call`` asks; its launches are not made."""
+        self.asked.clear()
+        with recorded(), self.forced(self.table[ARCHITECTURES[0]][-1][1]):
+            call()
+        return set(self.asked)
+
     def forget(self) -> None:
         """Looks at the file again at the next call."""
         self._chosen.clear()
@@ -197,6 +206,32 @@ def measured(device_name: str) -> dict[str, dict]:
     except ValueError as error:
         warnings.warn(f"{file} is not used: {error}; `pytorch-ext tune` writes it anew", stacklevel=2)
         return {}
+
+
+def save(device_name: str, found: Mapping["Configs", Mapping[tuple[int, ...], Constants]]) -> Path:
+    """Adds what was measured to the file, and drops what is there of kernels that have changed since."""
+    file = file_for(device_name)
+    try:
+        old = checked(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        old = {}
+    entries = {
+        name: entry
+        for name, entry in old.items()
+        if name in Configs.every and entry.get("source") == Configs.every[name].source
+    }
+    for configs, best in found.items():
+        entry = entries.setdefault(configs.name, {"source": configs.source, "configs": {}})
+        entry["configs"] |= {key_of(sizes): constants for sizes, constants in best.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"device": device_name, "triton": triton.__version__, "kernels": entries}
+    # Beside it first: who reads it meanwhile finds the old file or the new one.
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as new:
+        json.dump(content, new, indent=1)
+    os.replace(new.name, file)
+    for configs in Configs.every.values():
+        configs.forget()
+    return file
 
 
 def checked(content: Any) -> dict[str, dict]:
