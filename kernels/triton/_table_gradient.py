@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
 from .launch import launch
 from .precision import stored
 
@@ -117,11 +118,11 @@ def table_gradient(dx: Tensor, ids: Tensor, table: Tensor, skipped: int = -1) ->
     entries, cols = table.shape
     ids, order = torch.sort(ids.reshape(-1), stable=True)
     tokens = ids.numel()
-    chunks = triton.cdiv(tokens, CHUNK)
+    chunks = cdiv(tokens, CHUNK)
     edges = dx.new_empty((2, chunks, cols))
     block_cols = min(triton.next_power_of_2(cols), COLS)
     # Grid, of both: chunks of tokens × blocks of columns.
-    grid = (chunks, triton.cdiv(cols, block_cols))
+    grid = (chunks, cdiv(cols, block_cols))
     launch(
         _table_bwd_chunks_kernel,
         grid,

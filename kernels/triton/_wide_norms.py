@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._norms import store_partial
+from .configs import cdiv
 from .launch import launch
 from .philox import dropout_arguments, dropped, keep_rows
 from .precision import loaded, stored
@@ -149,7 +150,7 @@ def _dropout_add_bwd_kernel(
 
 def _sharing(rows: int) -> int:
     """How many programs share the rows of a block of columns; there are many blocks of columns."""
-    return min(triton.cdiv(rows, ROWS), 32)
+    return min(cdiv(rows, ROWS), 32)
 
 
 def wide_norm_gradients(
@@ -187,7 +188,7 @@ def wide_norm_gradients(
         # Grid: programs that share the rows × blocks of columns.
         launch(
             _layer_norm_bwd_parameters_kernel,
-            (_sharing(rows), triton.cdiv(cols, COLS)),
+            (_sharing(rows), cdiv(cols, COLS)),
             dy,
             x,
             mean,
@@ -224,7 +225,7 @@ def wide_dropout_add_gradients(
     # Grid: programs that share the rows × blocks of columns.
     launch(
         _dropout_add_bwd_kernel,
-        (_sharing(rows), triton.cdiv(cols, COLS)),
+        (_sharing(rows), cdiv(cols, COLS)),
         dx,
         ds,
         rng,

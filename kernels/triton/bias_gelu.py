@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Configs, size_class
+from .configs import Configs, cdiv, size_class
 from .gelu import gelu, gelu_derivative
 from .launch import launch
 from .precision import loaded, stored
@@ -117,7 +117,7 @@ def bias_gelu_fwd(input: Tensor, bias: Tensor, approximate: str) -> Tensor:
     # Grid: blocks of rows × blocks of columns.
     launch(
         _bias_gelu_fwd_kernel,
-        (triton.cdiv(rows, constants["BLOCK_ROWS"]), triton.cdiv(cols, constants["BLOCK_COLS"])),
+        (cdiv(rows, constants["BLOCK_ROWS"]), cdiv(cols, constants["BLOCK_COLS"])),
         x,
         vector(bias),
         out,
@@ -139,9 +139,9 @@ def bias_gelu_bwd(dout: Tensor, input: Tensor, bias: Tensor, approximate: str) -
     dy, dy_row_stride, dy_col_stride = matrix(dout, cols)
     x, x_row_stride, x_col_stride = matrix(input, cols)
     constants = BACKWARD.of(input, size_class(cols))
-    col_blocks = triton.cdiv(cols, constants["BLOCK_COLS"])
-    row_blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
-    count = triton.cdiv(programs(input, row_blocks * col_blocks, constants["num_warps"]), col_blocks)
+    col_blocks = cdiv(cols, constants["BLOCK_COLS"])
+    row_blocks = cdiv(rows, constants["BLOCK_ROWS"])
+    count = cdiv(programs(input, row_blocks * col_blocks, constants["num_warps"]), col_blocks)
     partials, (dbias,) = parameter_gradients(dout, count, cols, bias)
     # Grid: programs that share the row blocks × blocks of columns.
     launch(

@@ -147,6 +147,11 @@ def size_class(n: int, least: int = 16, most: int = 2**16) -> int:
     return min(max(1 << (max(n, 1) - 1).bit_length(), least), most)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. Triton's own costs a microsecond, because kernels may call it too."""
+    return -(-a // b)
+
+
 @functools.cache
 def architecture_of(device: torch.device) -> str:
     """The column of the tables for a GPU; for the interpreter, which has no GPU, the first."""

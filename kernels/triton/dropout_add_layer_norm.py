@@ -21,7 +21,7 @@ from ._norms import (
     store_partial,
 )
 from ._wide_norms import wide_dropout_add_gradients, wide_norm_gradients
-from .configs import Configs
+from .configs import Configs, cdiv
 from .launch import launch
 from .philox import dropout_arguments, dropped, keep_rows
 from .precision import loaded, narrowed, stored
@@ -301,7 +301,7 @@ def dropout_add_layer_norm_fwd(
     # Grid: blocks of rows.
     launch(
         _dropout_add_layer_norm_fwd_kernel,
-        (triton.cdiv(rows, constants["BLOCK_ROWS"]),),
+        (cdiv(rows, constants["BLOCK_ROWS"]),),
         x,
         r,
         vector(weight),
@@ -354,7 +354,7 @@ def dropout_add_layer_norm_bwd(
     dy, *dy_strides = matrix(dout, cols)
     ds, *ds_strides = (None, 0, 0) if dsum is None else matrix(dsum, cols)
     constants = BACKWARD.of(sum, block_cols)
-    count = programs(sum, triton.cdiv(rows, constants["BLOCK_ROWS"]), constants["num_warps"])
+    count = programs(sum, cdiv(rows, constants["BLOCK_ROWS"]), constants["num_warps"])
     partials, gradients = parameter_gradients(dout, count, cols, weight, bias, input_bias)
     # Grid: as many programs as share the rows.
     launch(

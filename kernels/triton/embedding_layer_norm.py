@@ -15,7 +15,7 @@ from torch import Tensor
 from ._norms import input_gradient, moments, scale_and_shift, scaled, store_partial
 from ._table_gradient import table_gradient
 from ._wide_norms import wide_norm_gradients
-from .configs import Configs
+from .configs import Configs, cdiv
 from .dropout_add_layer_norm import dropout_add_layer_norm_fwd
 from .launch import launch
 from .layer_norm import layer_norm_fwd
@@ -256,7 +256,7 @@ def embedding_layer_norm_fwd(
     # Grid: blocks of rows.
     launch(
         _embedding_layer_norm_fwd_kernel,
-        (triton.cdiv(rows, constants["BLOCK_ROWS"]),),
+        (cdiv(rows, constants["BLOCK_ROWS"]),),
         *_arguments(tables, input_ids),
         vector(weight),
         vector(bias),
@@ -301,7 +301,7 @@ def embedding_layer_norm_bwd(
     if whole:
         dy, *dy_strides = matrix(dout, cols)
         constants = BACKWARD.of(word, block_cols)
-        count = programs(word, triton.cdiv(rows, constants["BLOCK_ROWS"]), constants["num_warps"])
+        count = programs(word, cdiv(rows, constants["BLOCK_ROWS"]), constants["num_warps"])
         partials, (dweight, dbias) = parameter_gradients(dout, count, cols, weight, bias)
         # Grid: as many programs as share the rows.
         launch(

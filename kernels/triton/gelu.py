@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Configs
+from .configs import Configs, cdiv
 from .launch import launch
 from .precision import loaded, stored
 from .sizes import Sizes
@@ -108,7 +108,7 @@ def gelu_fwd(input: Tensor, approximate: str) -> Tensor:
     if count := input.numel():
         constants = FORWARD.of(input, input.element_size())
         # Grid: blocks of elements.
-        grid = (triton.cdiv(count, constants["BLOCK"]),)
+        grid = (cdiv(count, constants["BLOCK"]),)
         launch(_gelu_fwd_kernel, grid, input.contiguous(), out, count, TANH=approximate == "tanh", **constants)
     return out
 
@@ -120,7 +120,7 @@ def gelu_bwd(dout: Tensor, input: Tensor, approximate: str) -> Tensor:
         # Grid: blocks of elements.
         launch(
             _gelu_bwd_kernel,
-            (triton.cdiv(count, constants["BLOCK"]),),
+            (cdiv(count, constants["BLOCK"]),),
             dout.contiguous(),
             input.contiguous(),
             dinput,

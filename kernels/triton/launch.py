@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import Parameter
 
 from .precision import INTERPRETED
 
@@ -51,7 +52,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """Runs ``kernel`` on ``grid``: ``args`` are tensors, numbers or None, in the order of its signature; ``constants``
     its ``tl.constexpr`` parameters and Triton's options (``num_warps`` and so on).
 
-    The first argument that is a tensor tells the device.
+    The first argument that is a tensor tells the device. Tensors are plain ones (or parameters), as all that reaches a
+    kernel is.
     """
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, args, constants))
@@ -60,27 +62,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         with _on_device_of(args):
             kernel[grid](*args, **constants)
         return
-    key = [id(kernel)]
+    key = [id(kernel), *constants, *constants.values()]
     values = []
-    device = -1
+    device, unaligned = None, 0
     for a in args:
-        if isinstance(a, Tensor):
-            if device < 0:
-                device = a.get_device()
-                key.append(device)
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
             a_ptr = a.data_ptr()
+            if device is None:
+                device = a.get_device()
+            if a_ptr & 15:
+                unaligned |= 1 << len(values)
             key.append(a.dtype)
-            key.append(a_ptr & 15 == 0)
             values.append(a_ptr)
+            continue
+        if kind is int:
+            # Triton's own classes: 1 is a constant, multiples of 16 are known as such, and int32 or int64 by value.
+            key.append(a if a == 1 else 0 if a & 15 else 16)
+            if not -(2**31) <= a < 2**31:
+                key.append(64)
         else:
-            if type(a) is int:
-                # Triton's own classes: 1 is a constant, multiples of 16 are known as such, and int32 or int64 by value.
-                key.append((1 if a == 1 else 0 if a & 15 else 16) if -(2**31) <= a < 2**31 else a & 15 == 0)
-                key.append(-(2**31) <= a < 2**31)
-            else:
-                key.append(type(a))
-            values.append(a)
-    key = (*key, *constants, *constants.values())
+            key.append(kind)
+        values.append(a)
+    key.append(device)
+    key.append(unaligned)
+    key = tuple(key)
     run = _compiled.get(key)
     if run is None:
         with _on_device_of(args):

@@ -22,7 +22,7 @@ from ._norms import (
     store_partial,
 )
 from ._wide_norms import wide_norm_gradients
-from .configs import Configs
+from .configs import Configs, cdiv
 from .launch import launch
 from .precision import loaded, stored
 from .rows import (
@@ -212,7 +212,7 @@ def layer_norm_fwd(
     # Grid: blocks of rows.
     launch(
         _layer_norm_fwd_kernel,
-        (triton.cdiv(rows, constants["BLOCK_ROWS"]),),
+        (cdiv(rows, constants["BLOCK_ROWS"]),),
         x,
         vector(weight),
         vector(bias),
@@ -251,7 +251,7 @@ def layer_norm_bwd(
     dy, *dy_strides = matrix(dout, cols)
     x, *x_strides = matrix(input, cols)
     constants = BACKWARD.of(input, block_cols)
-    count = programs(input, triton.cdiv(rows, constants["BLOCK_ROWS"]), constants["num_warps"])
+    count = programs(input, cdiv(rows, constants["BLOCK_ROWS"]), constants["num_warps"])
     partials, gradients = parameter_gradients(dout, count, cols, weight, bias)
     # Grid: as many programs as share the rows.
     launch(

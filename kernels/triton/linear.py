@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Configs, size_class
+from .configs import Configs, cdiv, size_class
 from .gelu import gelu, gelu_derivative
 from .launch import launch
 from .precision import loaded, narrowed, product, stored
@@ -273,9 +273,9 @@ BACKWARD_WEIGHT = _configs("linear_bwd_weight", _BACKWARD_WEIGHT, _linear_bwd_we
 
 def _chosen(configs: Configs, like: Tensor, rows: int, cols: int) -> tuple[dict[str, int], tuple[int]]:
     """The configuration for a (rows, cols) result, and the grid: its tiles."""
-    tiles = size_class(triton.cdiv(rows, 128) * triton.cdiv(cols, 128), least=1)
+    tiles = size_class(cdiv(rows, 128) * cdiv(cols, 128), least=1)
     constants = configs.of(like, tiles, like.element_size())
-    return constants, (triton.cdiv(rows, constants["BLOCK_M"]) * triton.cdiv(cols, constants["BLOCK_N"]),)
+    return constants, (cdiv(rows, constants["BLOCK_M"]) * cdiv(cols, constants["BLOCK_N"]),)
 
 
 # --- The ops ----------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """What the kernels that work row by row share: matrices of any layout, grids, and sums over rows in a fixed order."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import processors
+from .configs import cdiv, processors
 from .launch import launch
 from .precision import INTERPRETED, stored
 
@@ -32,6 +34,7 @@ def vector(parameter: Tensor | None) -> Tensor | None:
     return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
+@functools.cache
 def block_of(cols: int, widest: int) -> tuple[int, bool]:
     """``(BLOCK_COLS, WHOLE)``: the columns that a program has at a time, and whether they are the row."""
     if cols > widest:
@@ -89,7 +92,7 @@ def sum_partials(partials: Tensor | None, *gradients: Tensor) -> None:
     sums, count, cols = partials.shape
     first, second, third = (*(g for g in gradients if g.numel()), None, None)[:3]
     # Grid: blocks of columns × sums.
-    grid = (triton.cdiv(cols, 32), sums)
+    grid = (cdiv(cols, 32), sums)
     launch(
         _sum_partials_kernel,
         grid,
