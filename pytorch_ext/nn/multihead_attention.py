@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .. import ops
 from . import _bypass as bypass
 from ._attendance import Attendance, additive, attendance, check_masks
+from ._rows import rows
 
 NAMES = ("attn_mask", "key_padding_mask")
 
@@ -115,13 +116,14 @@ def _project(
     weight = attention.in_proj_weight
     if query is key and key is value:
         return ops.linear(query, weight, bias).unflatten(-1, (3, heads, -1)).unbind(-3)
-    q = ops.linear(query, weight[:size], None if bias is None else bias[:size])
-    if key is value:
-        both = ops.linear(key, weight[size:], None if bias is None else bias[size:])
-        return q.unflatten(-1, (heads, -1)), *both.unflatten(-1, (2, heads, -1)).unbind(-3)
-    k = ops.linear(key, weight[size : 2 * size], None if bias is None else bias[size : 2 * size])
-    v = ops.linear(value, weight[2 * size :], None if bias is None else bias[2 * size :])
-    return tuple(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+    parts = 2 if key is value else 3
+    sizes = (size, 2 * size) if parts == 2 else (size,) * 3
+    biases = (None,) * parts if bias is None else bias.split(sizes)
+    products = zip((query, key, value), rows(attention, weight, sizes), biases, strict=False)
+    q, *rest = (ops.linear(*three) for three in products)
+    if parts == 2:
+        return q.unflatten(-1, (heads, -1)), *rest[0].unflatten(-1, (2, heads, -1)).unbind(-3)
+    return tuple(t.unflatten(-1, (heads, -1)) for t in (q, *rest))
 
 
 def _attend_with_weights(

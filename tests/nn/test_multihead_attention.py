@@ -1,5 +1,7 @@
 """MultiheadAttention of ours against PyTorch's path for training, over the arguments that it has."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,6 +157,50 @@ def test_self_attention_is_one_product(make_pair, monkeypatch):
     assert strides == [(L * 3 * E, E // H, 3 * E, 1)]  # a view of the product
     ours(x, x.clone(), x.clone(), need_weights=False)
     assert shapes[2:] == [(E, E)] * 4
+
+
+@pytest.mark.parametrize("same", ["key and value", "none"])
+def test_rows_of_the_weight_are_the_same_tensors_at_every_call(make_pair, monkeypatch, same):
+    """A kernel remembers by the tensor what it laid out; values that change are seen all the same."""
+    theirs, ours = (m.eval() for m in make_pair(nn.MultiheadAttention, MultiheadAttention, E, H))
+    x, y = torch.randn(L, N, E, dtype=torch.float64), torch.randn(S, N, E, dtype=torch.float64)
+    inputs = (x, y, y if same == "key and value" else y.clone())
+    seen, linear = [], ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, w, *rest: seen.append(w) or linear(x, w, *rest))
+
+    def run():
+        seen.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*inputs)[0], theirs(*inputs)[0], rtol=1e-9, atol=1e-10)
+        return seen[:-1]
+
+    first = run()
+    assert len(first) == (2 if same == "key and value" else 3)
+    assert all(one is other for one, other in zip(run(), first, strict=True))
+    for module in (theirs, ours):
+        module.in_proj_weight.data.mul_(1.5)
+    assert all(one is other for one, other in zip(run(), first, strict=True))
+    for module in (theirs, ours):
+        module.in_proj_weight.data = module.in_proj_weight.data * 0.5
+    assert not any(one is other for one, other in zip(run(), first, strict=True))
+    seen.clear()
+    ours(*inputs)[0].sum().backward()
+    assert ours.in_proj_weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_laid_out_rows_follow_their_values(dtype):
+    """Large enough for a kernel to keep a layout."""
+    attention = MultiheadAttention(64, H, batch_first=True, dtype=dtype).eval()
+    x, y = torch.randn(2, 40, 64, dtype=dtype), torch.randn(2, 50, 64, dtype=dtype)
+    with torch.no_grad(), backends.use("cpu"):
+        before = attention(x, y, y, need_weights=False)[0]
+        assert torch.equal(attention(x, y, y, need_weights=False)[0], before)
+        attention.in_proj_weight.data.mul_(2.0)
+        after = attention(x, y, y, need_weights=False)[0]
+        fresh = copy.deepcopy(attention)(x, y, y, need_weights=False)[0]
+    assert not torch.equal(after, before)
+    assert torch.equal(after, fresh)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -209,3 +209,18 @@ def test_the_classifier_of_a_tutorial_runs_without_padding(
     batch = make_batch("right", types=False)
     assert fused_layers(fast, batch.inputs) == 2
     assert last_forward(fast) == "without padding: 25 of 44 positions were real tokens"
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_laid_out_weights_are_counted_and_dropped():
+    """Those of the attention to the memory are laid out by parts of one weight."""
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(64, 4, 128, 0.0, batch_first=True), 1).eval()
+    fast = pytorch_ext.optimize(model, backend="cpu")
+    tgt, memory = torch.randn(2, 40, 64), torch.randn(2, 50, 64)
+    with torch.no_grad():
+        fast(tgt, memory)
+    products = fast.state_dict()
+    weights = sum(t.nbytes for name, t in products.items() if t.dim() == 2)
+    assert pytorch_ext.explain(fast).layout_bytes >= weights
+    pytorch_ext.refresh(fast)
+    assert pytorch_ext.explain(fast).layout_bytes == 0
