@@ -193,7 +193,7 @@ def failures(version: Version, result: Compiled) -> list[str]:
     found = []
     threads = 32 * dict(version.options).get("num_warps", 4)
     if result.spilled and "bwd" not in version.name:
-        found.append(f"{version}: {result.spilled} bytes of registers are spilled in a forward kernel")
+        found.append(f"{version}: {result.spilled} bytes of local memory in a forward kernel")
     if result.registers * threads > REGISTERS:
         found.append(f"{version}: {result.registers} registers for each of {threads} threads do not fit")
     if result.shared > SHARED[version.architecture]:
@@ -209,8 +209,11 @@ def failures(version: Version, result: Compiled) -> list[str]:
 
 
 def unreached(module: ModuleType) -> list[str]:
-    """Rows of the module's tables that none of its calls takes: nobody would compile them before a user does."""
-    of_module = {id(c): c for c in vars(module).values() if isinstance(c, Configs)}
+    """Rows of the tables that none of the module's calls takes, once ``versions`` has made them: a user would be the
+    first to compile them.
+    """
+    calls = (call for sizes in module.AHEAD for call in module.calls(sizes, without_memory))
+    of_module: dict[str, Configs] = {configs.name: configs for configs, _ in calls}
     found = []
     for configs in of_module.values():
         for architecture, rows in configs.table.items():

@@ -231,7 +231,7 @@ _FORWARD = {
 _BACKWARD_INPUT = {
     "sm_80": _table(_tile(32, 64, 64, 4, 3), _tile(64, 128, 32, 8, 3), _tile(128, 128, 32, 8, 3)),
     "sm_90": _table(_tile(64, 64, 64, 4, 3), _tile(64, 128, 64, 4, 3), _tile(128, 128, 64, 8, 3)),
-    "sm_100": _table(_tile(64, 64, 64, 4, 3), _tile(128, 64, 64, 4, 3), _tile(128, 128, 64, 8, 3)),
+    "sm_100": _table(_tile(64, 64, 64, 4, 3), _tile(64, 128, 64, 8, 3), _tile(128, 128, 64, 8, 3)),
 }
 _BACKWARD_WEIGHT = {
     "sm_80": _table(_tile(32, 64, 64, 4, 4), _tile(64, 64, 64, 4, 4), _tile(128, 128, 32, 8, 4)),
@@ -408,7 +408,7 @@ def calls(sizes: Sizes, empty: Callable[..., Tensor]) -> Iterator[tuple[Configs,
 
 AHEAD = [
     Sizes(),
-    Sizes(batch=1, seqlen=128, intermediate=768),
+    Sizes(batch=1, seqlen=128, hidden=256, intermediate=512),
     Sizes(batch=4, seqlen=128, intermediate=768),
     Sizes(batch=16, seqlen=512, hidden=2048, intermediate=8192),
     Sizes(dtype=torch.float32),
