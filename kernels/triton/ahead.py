@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -212,7 +211,8 @@ def unreached(module: ModuleType) -> list[str]:
     """Rows of the tables that none of the module's calls takes, once ``versions`` has made them: a user would be the
     first to compile them.
     """
-    calls = (call for sizes in module.AHEAD for call in module.calls(sizes, without_memory))
+    with recorded():
+        calls = [call for sizes in module.AHEAD for call in module.calls(sizes, without_memory)]
     of_module: dict[str, Configs] = {configs.name: configs for configs, _ in calls}
     found = []
     for configs in of_module.values():
@@ -278,21 +278,21 @@ def row(version: Version, result: Compiled) -> str:
     return f"| {' | '.join([*cells, str(result.registers), str(result.spilled), str(result.shared), matrix])} |"
 
 
-def document(old: str, stems: Iterable[str] | None = None) -> Iterator[str]:
-    """The document, piece by piece; sections of files that have not changed stay unless ``stems`` names them."""
-    kept = sections(old)
-    yield HEAD
-    for stem, module in modules().items():
-        there = kept.get(stem)
-        stays = there and there[0] == digest(stem) and (stems is None or stem not in stems)
-        yield there[1] if stays else section(stem, module)
+def outdated(text: str) -> list[str]:
+    """The kernel files whose sections in the document are missing, or made from another source."""
+    kept = sections(text)
+    return [stem for stem in modules() if stem not in kept or kept[stem][0] != digest(stem)]
 
 
 def main() -> None:
     file = Path(__file__).resolve().parents[2] / "docs" / "triton-kernels.md"
-    old = file.read_text() if file.exists() else ""
-    everything = list(modules()) if "--all" in sys.argv else None
-    file.write_text("\n".join(document(old, everything)))
+    text = file.read_text() if file.exists() else ""
+    made = {stem: part for stem, (_, part) in sections(text).items()}
+    for stem in list(modules()) if "--all" in sys.argv else outdated(text):
+        made[stem] = section(stem, modules()[stem])
+        # After each, so that what took its time is kept when it is interrupted.
+        file.write_text("\n".join([HEAD, *(made[name] for name in modules() if name in made)]))
+        print(f"{stem}: done", flush=True)
 
 
 if __name__ == "__main__":
