@@ -99,8 +99,8 @@ def _linear_fwd_kernel(
             x = tl.load(x_ptrs, mask=(k_offs < depth - k)[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=(k_offs < depth - k)[:, None], other=0.0)
         acc = product(x, w, acc)
-        x_ptrs += BLOCK_K * x_col_stride
-        w_ptrs += BLOCK_K * w_col_stride
+        x_ptrs += BLOCK_K * tl.cast(x_col_stride, tl.int64)
+        w_ptrs += BLOCK_K * tl.cast(w_col_stride, tl.int64)
     if b_ptr is not None:
         acc += loaded(b_ptr + col_offs, col_offs < cols)[None, :]
     offs = row_offs[:, None] * cols + col_offs[None, :]
@@ -154,8 +154,8 @@ def _linear_bwd_input_kernel(
             if tile_n == 0:
                 tl.store(dz_ptr + dz_offs + k, dz, mask=(row_offs < rows)[:, None] & k_mask[None, :])
         acc = product(dz, w, acc)
-        dout_ptrs += BLOCK_K * dout_col_stride
-        w_ptrs += BLOCK_K * w_row_stride
+        dout_ptrs += BLOCK_K * tl.cast(dout_col_stride, tl.int64)
+        w_ptrs += BLOCK_K * tl.cast(w_row_stride, tl.int64)
     mask = (row_offs < rows)[:, None] & (col_offs < cols)[None, :]
     stored(dx_ptr + row_offs[:, None] * cols + col_offs[None, :], acc, mask)
 
@@ -195,8 +195,8 @@ def _linear_bwd_weight_kernel(
         if db_ptr is not None:
             if tile_n == 0:
                 db += tl.sum(dz.to(tl.float32), 1)
-        dz_ptrs += BLOCK_K * dz_row_stride
-        x_ptrs += BLOCK_K * x_row_stride
+        dz_ptrs += BLOCK_K * tl.cast(dz_row_stride, tl.int64)
+        x_ptrs += BLOCK_K * tl.cast(x_row_stride, tl.int64)
     row_mask = row_offs < rows
     offs = row_offs[:, None] * cols + col_offs[None, :]
     stored(dw_ptr + offs, acc, row_mask[:, None] & (col_offs < cols)[None, :])
