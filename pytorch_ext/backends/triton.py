@@ -1,24 +1,40 @@
 """``triton``: kernels in Triton, for CUDA tensors; in its interpreter for CPU tensors too, which is for tests."""
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 from collections.abc import Callable
+from types import ModuleType
 
 from torch import Tensor
 
 from ._requirements import capability, collected, dtypes, fact, on_device
 
 DESCRIPTION = "Triton for NVIDIA GPUs from sm_80 on"
+PACKAGE = "pytorch_ext.kernels.triton"
 
 
 def kernels() -> dict[str, Callable]:
-    return collected("pytorch_ext.kernels.triton") if _installed() else {}
+    return collected(PACKAGE) if _installed() else {}
 
 
 def why_not(op: str, *tensors: Tensor) -> list[str]:
     if _interpreted():
         return [*_missing(), *dtypes(tensors)]
     return [*_missing(), *on_device(tensors, "cuda"), *capability(tensors, (8, 0)), *dtypes(tensors)]
+
+
+def kernel_files() -> dict[str, ModuleType]:
+    """The files of kernels, by stem, that declare their ``calls``: what can be compiled ahead and tuned."""
+    found = pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__)
+    files = (importlib.import_module(f"{PACKAGE}.{info.name}") for info in found)
+    return {file.__name__.rpartition(".")[2]: file for file in files if hasattr(file, "calls")}
+
+
+def module(name: str) -> ModuleType:
+    """What the kernels share: ``configs``, ``launch`` or ``sizes``."""
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 @fact

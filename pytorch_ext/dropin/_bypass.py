@@ -1,65 +1,25 @@
-"""What a fused path would bypass, looked at in each call: it may have been added after ``optimize``."""
+"""What a fused path would bypass: for the stand-ins as for the modules of ``pytorch_ext.nn``."""
 
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.modules import module as nn_module
+from ..nn._bypass import (
+    activation_name,
+    dropout_rate,
+    hooked,
+    hooked_everywhere,
+    plain_dropout,
+    plain_embedding,
+    plain_linear,
+    plain_norm,
+    watched,
+)
 
-from ..nn import GELU, LayerNorm
-from .standins.torch_nn import FusedGELU, FusedLayerNorm
-
-# Hugging Face leaves its recorders on the modules for good; they do nothing unless a call asks for what they record.
-_IDLE_HOOKS = "transformers.utils.output_capturing"
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether something listens to calls of ``module`` or stands in for its ``forward``."""
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return True
-    if "forward" in module.__dict__:
-        return True
-    return any(hook.__module__ != _IDLE_HOOKS for hook in module._forward_hooks.values())
-
-
-def hooked_everywhere() -> bool:
-    """Whether a hook on all modules of the process is set."""
-    return nn_module._has_any_global_hook()
-
-
-def plain_linear(module: nn.Module) -> bool:
-    """Whether calling ``module`` is ``F.linear`` of its weight and bias: no adapter, no parametrization, no hook."""
-    return type(module) is nn.Linear and not hooked(module)
-
-
-def plain_norm(module: nn.Module) -> bool:
-    norm = type(module) in (FusedLayerNorm, nn.LayerNorm, LayerNorm)
-    return norm and module.weight is not None and not hooked(module)
-
-
-def plain_dropout(module: nn.Module) -> bool:
-    """Whether ``module`` drops single elements, or nothing; others may tell sequences apart."""
-    return type(module) in (nn.Dropout, nn.Identity) and not hooked(module)
-
-
-def dropout_rate(module: nn.Module) -> float:
-    """The rate of a plain dropout."""
-    return getattr(module, "p", 0.0)
-
-
-def plain_embedding(module: nn.Module) -> bool:
-    usual = type(module) is nn.Embedding and module.max_norm is None
-    return usual and not (module.sparse or module.scale_grad_by_freq) and not hooked(module)
-
-
-def activation_name(activation: object) -> str | None:
-    """The name by which ``ops.linear`` knows ``activation``; None if it does not."""
-    if isinstance(activation, nn.Module) and hooked(activation):
-        return None
-    kind = type(activation)
-    if kind is nn.ReLU or activation is F.relu:
-        return "relu"
-    if kind in (FusedGELU, nn.GELU, GELU):
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    if activation is F.gelu:
-        return "gelu"
-    # Hugging Face's own, which optimize has swapped, or has left alone because they compute something else.
-    return {"FusedGELUActivation": "gelu", "FusedGELUTanh": "gelu_tanh"}.get(kind.__name__)
+__all__ = [
+    "activation_name",
+    "dropout_rate",
+    "hooked",
+    "hooked_everywhere",
+    "plain_dropout",
+    "plain_embedding",
+    "plain_linear",
+    "plain_norm",
+    "watched",
+]

@@ -22,6 +22,11 @@ def wanted(what: str, config, kwargs: dict) -> bool:
     return bool(getattr(config, what, False) if asked is None else asked)
 
 
+def config_of(module: nn.Module) -> Any:
+    """The config of ``module``, which may lie in one of the modules below it alone."""
+    return _holder(module).config
+
+
 @dataclass
 class Adopted:
     """What a module had before it got a config of its own: kept beside the config, in the module.
@@ -37,6 +42,7 @@ class Adopted:
 
 def adopt_config(model: nn.Module, encoder: nn.Module) -> None:
     """Gives every module of ``model`` that shares the config of ``encoder`` one copy that names our attention."""
+    encoder = _holder(encoder)
     done = encoder.__dict__.get(_ATTRIBUTE)
     if done is None and encoder.config._attn_implementation == NAME:
         return
@@ -65,3 +71,7 @@ def restore_configs(model: nn.Module, keep: Collection[nn.Module] = ()) -> None:
         # A module outside ``model`` may still have the copy, and would go on handing the 2-D mask down.
         if own._attn_implementation == NAME:
             own._attn_implementation = done.shared._attn_implementation
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    return next(m for m in module.modules() if "config" in m.__dict__)

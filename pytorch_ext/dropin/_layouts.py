@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..backends import drop_layouts, layout_bytes
+from ..nn import _rows
 
 SAMPLES = 64
 
@@ -69,19 +70,25 @@ def can_lay_out(*weights: Tensor) -> bool:
 
 
 def drop(model: nn.Module) -> None:
-    drop_layouts([*model.parameters(), *_made_for(model)])
+    drop_layouts([*model.parameters(), *_made_for(model), *_parts_of(model)])
     for module in model.modules():
         _layouts.pop(module, None)
+        _rows.forget(module)
 
 
 def size_in_bytes(model: nn.Module) -> int:
     """Of those made here, and of those that the kernels have made of them or of the model's own weights."""
     made = _made_for(model)
-    return sum(t.nbytes for t in made) + layout_bytes([*model.parameters(), *made])
+    return sum(t.nbytes for t in made) + layout_bytes([*model.parameters(), *made, *_parts_of(model)])
 
 
 def _made_for(model: nn.Module) -> list[Tensor]:
     return [t for m in model.modules() for layout in _layouts.get(m, {}).values() for t in layout.tensors]
+
+
+def _parts_of(model: nn.Module) -> list[Tensor]:
+    """Views of its weights, which take no memory until a kernel has laid them out."""
+    return [view for module in model.modules() for view in _rows.rows_of(module)]
 
 
 def _key(weight: Tensor) -> tuple:

@@ -1,99 +1,47 @@
-"""When padding is removed, and the batch without it."""
-
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+"""When padding is removed, and the batch without it: as ``optimize`` was told."""
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..ops import pad_input
-from ..ops.padding import gathered
+from ..nn import _padding
+from ..nn._padding import Packed, attention_mask, flattened, last_forward, note, same_sequence
 from ._swap import Options
 
-# What happened in an encoder's last eager forward, for explain.
-_last: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
-
-
-@dataclass
-class Packed:
-    """Where the real tokens of a padded batch are.
-
-    Attributes:
-        mask: bool ``(batch, seqlen)``, True at real tokens.
-        indices: int64 ``(total_tokens,)``, their rows in the flattened batch.
-        cu_seqlens: int32 ``(batch + 1,)``.
-        max_seqlen: at least the longest length.
-    """
-
-    mask: Tensor
-    indices: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-
-    def unpad(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.indices)
-
-    def pad(self, tokens: Tensor) -> Tensor:
-        batch, seqlen = self.mask.shape
-        return pad_input(tokens, self.indices, batch, seqlen)
+__all__ = [
+    "Packed",
+    "attention_mask",
+    "flattened",
+    "last_forward",
+    "note",
+    "pack",
+    "pack_once",
+    "same_sequence",
+]
 
 
 def pack(
     encoder: nn.Module, x: Tensor, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Packed | None, Tensor | None]:
-    """What an encoder runs on: the tokens of ``x`` (batch, seqlen, hidden) without padding and where they were.
+    """See :func:`pytorch_ext.nn._padding.pack`."""
+    return _padding.pack(encoder, x, mask, options.remove_padding, options.kept_because)
 
-    Or, to run dense, ``x`` itself, None, and the mask that dense attention takes, if it needs one. One host read. Under
-    a compiler there is none, and a batch with a 2-D mask is always packed.
+
+# What became of a mask, as long as the mask is there.
+_found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def pack_once(
+    layer: nn.Module, x: Tensor, mask: Tensor | None, options: Options, *, first: bool
+) -> tuple[Packed | None, Tensor | None]:
+    """For a layer that removes padding for itself: where the tokens are, or None and the mask of dense attention.
+
+    The layers of one forward are handed one mask. The first of them looks at it, the others find what it found.
     """
-    reason = _dense_reason(x, mask, options)
-    if reason is not None:
-        _note(encoder, f"dense: {reason}")
-        return x, None, attention_mask(mask)
-    real = mask if mask.dtype == torch.bool else mask != 0
-    seqlens = real.sum(1, dtype=torch.int32)
-    total, max_seqlen = None, x.shape[1]
-    if not torch.compiler.is_compiling():
-        lengths, first = torch.stack((seqlens, real[:, 0].int())).tolist()
-        total, max_seqlen = sum(lengths), max(lengths, default=0)
-        if total == real.numel():
-            _note(encoder, "dense: the batch has no padding")
-            return x, None, None
-        if options.remove_padding == "auto" and not all(first):
-            sequence = first.index(0)
-            _note(
-                encoder, f"dense: position 0 of sequence {sequence} is padding, and heads may read position 0"
-            )
-            return x, None, attention_mask(real)
-        _note(encoder, f"without padding: {total} of {real.numel()} positions were real tokens")
-    tokens, indices, cu_seqlens, max_seqlen = gathered(x, real, seqlens, total, max_seqlen)
-    return tokens, Packed(real, indices, cu_seqlens, max_seqlen), None
-
-
-def last_forward(encoder: nn.Module) -> str | None:
-    """What happened to padding in the last eager forward of ``encoder``, in words."""
-    return _last.get(encoder)
-
-
-def attention_mask(mask: Tensor | None) -> Tensor | None:
-    """The mask that dense attention takes: a 2-D one as bool ``(batch, 1, 1, seqlen)``, others as they are."""
-    if mask is None or mask.dim() != 2:
-        return mask
-    return (mask if mask.dtype == torch.bool else mask != 0)[:, None, None, :]
-
-
-def _dense_reason(x: Tensor, mask: Tensor | None, options: Options) -> str | None:
-    if options.remove_padding is False:
-        return options.kept_because
-    if mask is None:
-        return "no mask was given"
-    if mask.dim() != 2:
-        return f"the mask has {mask.dim()} dimensions, which says more than where padding is"
-    if mask.shape != x.shape[:2]:
-        return f"the mask is {tuple(mask.shape)} and the batch {tuple(x.shape[:2])}"
-    return None
-
-
-def _note(encoder: nn.Module, what: str) -> None:
-    if not torch.compiler.is_compiling():
-        _last[encoder] = what
+    if mask is None or torch.compiler.is_compiling():
+        return pack(layer, x, mask, options)[1:]
+    found = None if first else _found.get(mask)
+    if found is None:
+        # Of an alias: what is found must not keep the mask, by which it is found, alive.
+        found = _found[mask] = pack(layer, x, mask.detach(), options)[1:]
+    return found

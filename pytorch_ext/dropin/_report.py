@@ -103,8 +103,12 @@ def describe(
             replaced.append((path, _name(was), _name(standin), note, backend, below))
             if getattr(standin, "removes_padding", False):
                 asked = options and options.below(kept.get(id(module)))
-                padding += _padding_rule(path or "the model", module, asked)
-            else:
+                where = path or "the model"
+                if getattr(standin, "one_of_many", False):  # what holds for one layer holds for all
+                    where = re.sub(r"\b\d+\b", "*", where)
+                    fused.append(path)
+                padding += [line for line in _padding_rule(where, module, asked) if line not in padding]
+            elif not getattr(standin, "calls_modules", False):
                 fused.append(path)
         elif not below:
             reason = _left_reason(module)

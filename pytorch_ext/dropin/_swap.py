@@ -3,6 +3,9 @@
 ``module.__class__`` becomes a subclass that adds only ``forward``: parameters, buffers, hooks, ``state_dict``,
 ``isinstance`` and ``deepcopy`` stay what they were. What ``optimize`` was told lies beside it in the module, so that it
 survives ``deepcopy`` and ``pickle`` as the class does.
+
+A stand-in has the ``__name__`` of the class that it stands in for, because tools look layers up by it (the wrapping
+policies of FSDP, ``_no_split_modules``, device maps). Its ``__qualname__``, by which it is pickled, is its own.
 """
 
 import contextlib
@@ -37,7 +40,9 @@ class Rule:
 
     def load(self) -> type[nn.Module]:
         module, _, name = self.standin.partition(":")
-        return getattr(importlib.import_module(module), name)
+        standin = getattr(importlib.import_module(module), name)
+        standin.__name__ = self.target.rpartition(".")[2]
+        return standin
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Swap:
     does: str
     ops: tuple[str, ...]
     options: Options
+
+    def __setstate__(self, state: dict) -> None:  # out of a pickle, where no rule has been loaded
+        self.__dict__.update(state)
+        self.standin.__name__ = self.original.__name__
 
 
 def swap(module: nn.Module, rule: Rule, options: Options) -> None:

@@ -81,4 +81,6 @@ def pad_input(tokens: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tenso
             wrong = least if least < 0 else greatest
             raise IndexError(f"indices: expected rows from 0 to {batch * seqlen - 1}, got {wrong}")
     rows = tokens.new_zeros(batch * seqlen, *tokens.shape[1:])
-    return rows.index_copy(0, indices, tokens).unflatten(0, (batch, seqlen))
+    rows = rows.index_copy(0, indices, tokens)
+    # The rows go to nobody else. As a view of them the result would make FSDP warn of ops in place on it.
+    return torch.ops.aten._unsafe_view.default(rows, (batch, seqlen, *tokens.shape[1:]))

@@ -1,4 +1,4 @@
-"""Small models of both families, batches to run them on, and what it means that two models do the same."""
+"""Small models of every family, batches to run them on, and what it means that two models do the same."""
 
 import copy
 import importlib
@@ -21,6 +21,49 @@ SIZES = {
     "max_position_embeddings": 24,
     "type_vocab_size": 3,
 }
+# What a family names otherwise, has besides, or drops out by default; by its ``model_type``.
+FAMILIES = {
+    "electra": {"embedding_size": 16, "summary_last_dropout": 0.0},
+    "albert": {"embedding_size": 16, "inner_group_num": 2, "classifier_dropout_prob": 0.0},
+    "distilbert": {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "qa_dropout": 0.0,
+        "seq_classif_dropout": 0.0,
+    },
+    "modernbert": {
+        # Windows of two tokens to each side in the second layer.
+        "local_attention": 4,
+        "global_attn_every_n_layers": 2,
+        "num_hidden_layers": 3,
+        "pad_token_id": 0,
+        "cls_token_id": 1,
+        "bos_token_id": 1,
+        "sep_token_id": 2,
+        "eos_token_id": 2,
+    },
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 24,
+        "use_cache": False,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "summary_first_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "vit": {"image_size": 8, "patch_size": 4, "encoder_stride": 4},
+}
+OWN_NAMES = ("distilbert", "gpt2")
 SEQLEN = 11
 LENGTHS = [11, 5, 1, 8]
 PACKAGES = {"hf": "transformers", "px": "pytorch_ext.models"}
@@ -48,7 +91,10 @@ def make_model(transformers):
         family, _, cls = name.partition(".")
         package = importlib.import_module(PACKAGES[family])
         rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-        config = package.BertConfig(**{**SIZES, **rates, **fields})
+        config_class = getattr(getattr(package, cls), "config_class", package.BertConfig)
+        kind = config_class.model_type if family == "hf" else "bert"
+        usual = {"vocab_size": SIZES["vocab_size"]} if kind in OWN_NAMES else {**SIZES, **rates}
+        config = config_class(**{**usual, **FAMILIES.get(kind, {}), **fields})
         if family == "hf":
             config._attn_implementation = attention
         with torch.random.fork_rng():

@@ -17,10 +17,10 @@ LAYERS = [
     {"testing", "info"},
     {"nn", "models"},
     {"dropin"},
-    {"export"},
+    {"export", "huggingface"},
     {""},
     {"benchmarks"},
-    {"demo"},
+    {"demo", "tune"},
     {"cli"},
     {"__main__"},
 ]
@@ -36,8 +36,8 @@ PLACES = {
 
 # What may import more than torch at module level, because it is itself imported only when it is asked for.
 ON_DEMAND = (
-    *("pytorch_ext.cli", "pytorch_ext.demo", "pytorch_ext.benchmarks"),
-    *("pytorch_ext.dropin.rules", "pytorch_ext.dropin.standins"),
+    *("pytorch_ext.cli", "pytorch_ext.demo", "pytorch_ext.benchmarks", "pytorch_ext.tune"),
+    *("pytorch_ext.dropin.rules", "pytorch_ext.dropin.standins", "pytorch_ext.huggingface"),
 )
 OPTIONAL = {
     *("transformers", "tokenizers", "safetensors", "accelerate", "peft", "triton"),
@@ -164,6 +164,7 @@ def test_the_core_imports_torch_alone(parsed):
 def test_importing_it_imports_nothing_optional(run_python, tmp_path):
     code = (
         "import sys, torch\n"
+        "import torch._dynamo\n"  # which imports triton by itself, where it is installed
         "before = set(sys.modules)\n"
         "import pytorch_ext\n"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"

@@ -5,6 +5,7 @@ A test that takes ``backend`` runs on every backend that can run its module's ``
 """
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -236,6 +237,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(argument, [_marked(name, name=name, id=name) for name in names])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves to ``make test-full`` what Triton's interpreter, and it alone, is too slow for.
+
+    A test says so by ``full_in_interpreter``: True, or a function of some of its parameters that says of which.
+    """
+    for item in items:
+        slow = getattr(getattr(item, "function", None), "full_in_interpreter", False)
+        if not slow or not item.get_closest_marker("interpreter"):
+            continue
+        if callable(slow):
+            wanted = inspect.signature(slow).parameters
+            slow = slow(**{name: value for name, value in item.callspec.params.items() if name in wanted})
+        if slow:
+            item.add_marker(pytest.mark.full)
+
+
 # The fixtures below that hand out a function are one for the whole session: hypothesis allows no others.
 
 
@@ -246,6 +264,29 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_looks_once():
+    """Triton's interpreter goes through all of its language again each time that a kernel calls a function, for what
+    it has not made its own yet. It finds nothing after the first time, and tests took twice as long.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    import triton.runtime.interpreter as interpreter
+
+    once, seen = interpreter.InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in seen:
+            seen.add(id(self.fn.__globals__))
+            return once(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    yield
+    interpreter.InterpretedFunction.__call__ = once
 
 
 @pytest.fixture(autouse=True)

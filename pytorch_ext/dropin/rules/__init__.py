@@ -3,6 +3,7 @@
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import nn
@@ -12,7 +13,8 @@ from .._swap import Rule
 
 @functools.cache
 def _families() -> list[ModuleType]:
-    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    names = [info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_")]
+    return [importlib.import_module(f"{__name__}.{name}") for name in names]
 
 
 @functools.cache
@@ -21,8 +23,14 @@ def _by_target() -> dict[str, Rule]:
 
 
 @functools.cache
-def _weigh_positions() -> frozenset[str]:
-    return frozenset(name for family in _families() for name in getattr(family, "WEIGH_POSITIONS", ()))
+def _weigh_positions() -> dict[str, Callable[[nn.Module], bool]]:
+    """By the class of a head: whether one of it weighs all positions against each other, padded ones too."""
+    always = {
+        name: lambda head: True for family in _families() for name in getattr(family, "WEIGH_POSITIONS", ())
+    }
+    return {
+        n: c for family in _families() for n, c in getattr(family, "WEIGH_POSITIONS_IF", {}).items()
+    } | always
 
 
 def rule_for(module: nn.Module) -> Rule | None:
@@ -35,9 +43,14 @@ def padding_kept_below(model: nn.Module) -> dict[int, str]:
     return {
         id(module): f"{type(head).__name__} weighs all positions against each other, padded ones too"
         for head in model.modules()
-        if _weigh_positions().intersection(map(_path, type(head).__mro__))
+        if any(weighs(head) for weighs in _conditions(type(head)))
         for module in head.modules()
     }
+
+
+def _conditions(cls: type) -> list[Callable[[nn.Module], bool]]:
+    known = _weigh_positions()
+    return [known[path] for path in map(_path, cls.__mro__) if path in known]
 
 
 def _path(cls: type) -> str:

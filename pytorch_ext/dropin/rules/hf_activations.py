@@ -26,4 +26,10 @@ RULES = [
         ops=("gelu",),
         unfit=_is_native,
     ),
+    Rule(
+        target="transformers.activations.NewGELUActivation",
+        standin="pytorch_ext.dropin.standins.hf_activations:FusedNewGELUActivation",
+        does="gelu (tanh), in one pass instead of eight",
+        ops=("gelu",),
+    ),
 ]

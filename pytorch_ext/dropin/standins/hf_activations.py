@@ -15,3 +15,9 @@ class FusedGELUTanh(activations.GELUTanh):
     def forward(self, input: Tensor) -> Tensor:
         with scope(self):
             return ops.gelu(input, "tanh")
+
+
+class FusedNewGELUActivation(activations.NewGELUActivation):
+    def forward(self, input: Tensor) -> Tensor:
+        with scope(self):
+            return ops.gelu(input, "tanh")

@@ -2,8 +2,11 @@ from torch import Tensor
 
 from ...models import bert, bert_heads
 from ...models.outputs import EncoderOutput
-from .. import _bert
-from .._bert import BertContainers, Packed
+from .._blocks import fused_head_transform
+from .._embeddings import fused_embeddings, plain_embeddings
+from .._encoder import has_foreign_layers, original_layer, run_layers
+from .._padding import Packed
+from .._post_norm import bert_parts, fused_layer, unhindered
 
 
 class PaddingFreeBertEncoder(bert.BertEncoder):
@@ -16,17 +19,17 @@ class PaddingFreeBertEncoder(bert.BertEncoder):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> EncoderOutput:
-        if output_attentions or _bert.has_foreign_layers(self):
+        if output_attentions or has_foreign_layers(self.layer):
             return super().forward(hidden_states, attention_mask, output_hidden_states, output_attentions)
         all_hidden_states = [hidden_states] if output_hidden_states else None
         if attention_mask is not None and attention_mask.dim() != 2:
             attention_mask = bert.prepare_attention_mask(attention_mask, hidden_states.dtype)
-        last = _bert.run_layers(self, self.layer, hidden_states, attention_mask, all_hidden_states)
+        last = run_layers(self, self.layer, hidden_states, attention_mask, all_hidden_states)
         return EncoderOutput(last, tuple(all_hidden_states) if output_hidden_states else None, None)
 
 
 class FusedBertLayer(bert.BertLayer):
-    containers = BertContainers(
+    containers = (
         bert.BertAttention,
         bert.BertSelfAttention,
         bert.BertSelfOutput,
@@ -41,11 +44,12 @@ class FusedBertLayer(bert.BertLayer):
         output_attentions: bool = False,
         packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        parts = None if output_attentions else _bert.layer_parts(self)
-        if parts is not None:
-            return _bert.fused_layer(self, parts, hidden_states, attention_mask, packed), None
+        if not output_attentions:
+            parts = bert_parts(self)
+            if unhindered(parts, self.containers):
+                return fused_layer(self, parts, hidden_states, attention_mask, packed), None
         forward = super().forward
-        return _bert.original_layer(self, forward, hidden_states, attention_mask, packed, output_attentions)
+        return original_layer(self, forward, hidden_states, attention_mask, packed, output_attentions)
 
 
 class FusedBertEmbeddings(bert.BertEmbeddings):
@@ -56,13 +60,13 @@ class FusedBertEmbeddings(bert.BertEmbeddings):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        if inputs_embeds is not None or not _bert.plain_embeddings(self):
+        if inputs_embeds is not None or not plain_embeddings(self):
             return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds)
         if position_ids is None:
             position_ids = self.position_ids[:, : input_ids.shape[1]]
-        return _bert.fused_embeddings(self, input_ids, token_type_ids, position_ids)
+        return fused_embeddings(self, input_ids, token_type_ids, position_ids)
 
 
 class FusedBertPredictionHeadTransform(bert_heads.BertPredictionHeadTransform):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return _bert.fused_head_transform(self, hidden_states)
+        return fused_head_transform(self, self.dense, self.transform_act_fn, self.LayerNorm, hidden_states)

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from ...nn import GELU, LayerNorm
+from ...nn import GELU, LayerNorm, _bypass
 from .._swap import scope
 
 
@@ -14,3 +14,7 @@ class FusedGELU(GELU):
     def forward(self, input: Tensor) -> Tensor:
         with scope(self):
             return super().forward(input)
+
+
+_bypass.NORMS.add(FusedLayerNorm)
+_bypass.GELUS.add(FusedGELU)

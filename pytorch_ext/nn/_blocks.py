@@ -1,0 +1,76 @@
+"""What the blocks of a Transformer are made of: each piece fused where calling its modules would do nothing else."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import choose
+from . import _bypass as bypass
+
+
+def linear_activation(linear: nn.Module, activation: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    """``activation(linear(x))``, as one op where ``linear`` is plain and the activation known."""
+    name = None if activation is None else bypass.activation_name(activation)
+    if bypass.plain_linear(linear) and (name is not None or activation is None):
+        return ops.linear(x, linear.weight, linear.bias, name)
+    x = linear(x)
+    return x if activation is None else activation(x)
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, dropout: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor | None]:
+    """``x @ weight.T``, and the bias if :func:`add_norm` is still to add it.
+
+    PyTorch adds the bias within the product; a kernel of ours takes it on the way to the sum.
+    """
+    if bias is not None and _adds_bias(residual, dropout, norm):
+        return ops.linear(x, weight), bias
+    return ops.linear(x, weight, bias), None
+
+
+def linear_product(
+    x: Tensor, linear: nn.Module, residual: Tensor, dropout: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`product` for a module, which may be no plain linear layer."""
+    if bypass.plain_linear(linear):
+        return product(x, linear.weight, linear.bias, residual, dropout, norm)
+    return linear(x), None
+
+
+def add_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    dropout: nn.Module,
+    norm: nn.Module,
+    *,
+    prenorm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``norm(residual + dropout(x + bias))``; with ``prenorm`` the sum comes second."""
+    if bypass.plain_norm(norm) and bypass.plain_dropout(dropout):
+        return ops.dropout_add_layer_norm(
+            x,
+            residual,
+            norm.weight,
+            norm.bias,
+            input_bias=bias,
+            dropout_p=bypass.dropout_rate(dropout),
+            training=dropout.training,
+            eps=norm.eps,
+            prenorm=prenorm,
+        )
+    total = residual + dropout(x if bias is None else x + bias)
+    return (norm(total), total) if prenorm else norm(total)
+
+
+def layer_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    if bypass.plain_norm(norm):
+        return ops.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return norm(x)
+
+
+def _adds_bias(residual: Tensor, dropout: nn.Module, norm: nn.Module) -> bool:
+    plain = bypass.plain_norm(norm) and bypass.plain_dropout(dropout)
+    return plain and choose("dropout_add_layer_norm", residual) != "native"
