@@ -2,125 +2,25 @@
 
 Where the keys of a sequence fit into one tile, a program owns a key head and makes all three gradients in one pass.
 Else it owns a block of the keys of a key head and makes their gradients, and another kernel those of the queries.
-
-Tiles have keys along the first axis: so what is multiplied with queries and incoming gradients stays in registers.
 """
 
 import triton
 import triton.language as tl
 
+from ._attention_backward_tile import add_queries
 from ._attention_tiles import (
     EXACT_BLOCK,
-    FLOAT_MASK,
-    LOG2E,
     NO_MASK,
     add_allowed,
     any_not_finite,
     key_range,
-    masked_scores,
     rows_at,
     store_rows,
     tokens_of,
     visible_keys,
     zero_rows,
 )
-from .philox import dropped, keep_attention
 from .precision import narrowed, product
-
-
-@triton.jit
-def _add_queries(
-    dk,  # (BLOCK_N, BLOCK_D) sums so far
-    dv,  # (BLOCK_N, BLOCK_DV)
-    first,  # of the queries
-    k,  # (BLOCK_N, BLOCK_D)
-    v,  # (BLOCK_N, BLOCK_DV)
-    keys,  # (BLOCK_N) counted within the sequence
-    visible,  # (BLOCK_N)
-    WHOLE: tl.constexpr,  # all keys of the sequence are in the tile
-    MASKED: tl.constexpr,  # some query may not attend some key
-    EXACT: tl.constexpr,  # queries and gradients that are not finite are kept from keys that they may not attend
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    # What follows is the same for all tiles of a head.
-    q_in,  # pointer to (q_len, HEAD_DIM) of this sequence and head, stride of its rows
-    do_in,  # pointer to (q_len, VALUE_DIM), stride of its rows
-    lse_ptr,  # (q_len)
-    delta_ptr,  # (q_len), None with WHOLE
-    q_len,
-    first_key,  # of the tile
-    unit,
-    mask_in,  # pointer to the mask of this sequence and head, or None, and its strides
-    drop_in,  # rng or None, threshold, scale, and the head counted through the batch
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    PER_QUERY: tl.constexpr,
-    DROPS: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-):
-    """``(dk, dv, ds, allowed)`` with one more block of queries, and the gradients of its scores (BLOCK_N, BLOCK_M)."""
-    q_ptr, q_row_stride = q_in
-    do_ptr, do_row_stride = do_in
-    queries = first + tl.arange(0, BLOCK_M)
-    there = queries < q_len
-    q = rows_at(q_ptr, first, q_row_stride, there, HEAD_DIM, BLOCK_D, BLOCK_M, True)
-    lse = tl.load(lse_ptr + queries, mask=there, other=0.0)
-    x = product(k, tl.trans(q), None)  # (BLOCK_N, BLOCK_M)
-    if NEGATIVE:
-        x = -x
-    allowed = visible[:, None] & there[None, :]
-    if MASKED:
-        x, allowed = masked_scores(
-            x,
-            queries[None, :],
-            keys[:, None],
-            there[None, :],
-            visible[:, None],
-            mask_in,
-            unit,
-            CAUSAL,
-            MASK,
-            PER_QUERY,
-        )
-    if MASK != FLOAT_MASK:
-        x = x * unit
-    p = tl.exp2((x - lse[None, :]) * LOG2E)
-    do = rows_at(do_ptr, first, do_row_stride, there, VALUE_DIM, BLOCK_DV, BLOCK_M, True)
-    dp = product(v, tl.trans(do), None)  # (BLOCK_N, BLOCK_M)
-    if MASKED:
-        p = tl.where(allowed, p, 0.0)
-    p_kept = p
-    if DROPS:
-        rng_ptr, threshold, dropout_scale, head = drop_in
-        keep = tl.trans(keep_attention(rng_ptr, threshold, dropout_scale, queries, head, first_key, BLOCK_N))
-        dp = dropped(dp, keep, dropout_scale)
-        p_kept = dropped(p, keep, dropout_scale)
-    if WHOLE:
-        # The weights of the whole row: they add up to one even where lse, the logarithm of their sum, has lost digits
-        # (all of them, where a mask has added -3e38).
-        total = tl.sum(p, 0)
-        over_total = 1.0 / tl.where(total == 0.0, 1.0, total)
-        delta = tl.sum(tl.where(allowed, p * dp, 0.0), 0) * over_total
-        p_kept = p_kept * over_total[None, :]
-        ds = p * over_total[None, :] * (dp - delta[None, :])
-    else:
-        delta = tl.load(delta_ptr + queries, mask=there, other=0.0)
-        ds = p * (dp - delta[None, :])
-    if MASKED:
-        ds = tl.where(allowed, ds, 0.0)
-    if EXACT:
-        dv = add_allowed(
-            dv, p_kept, allowed, do_ptr, first, do_row_stride, there, VALUE_DIM, BLOCK_DV, BLOCK_M
-        )
-        dk = add_allowed(dk, ds, allowed, q_ptr, first, q_row_stride, there, HEAD_DIM, BLOCK_D, BLOCK_M)
-    else:
-        dv = product(narrowed(p_kept, do.dtype), do, dv)
-        dk = product(narrowed(ds, q.dtype), q, dk)
-    return dk, dv, ds, allowed
 
 
 @triton.jit
@@ -200,7 +100,7 @@ def _own_keys(
         )
         if LOOKS:
             for first in range(begin, split, BLOCK_M):
-                dk, dv, ds, allowed = _add_queries(
+                dk, dv, ds, allowed = add_queries(
                     dk, dv, first, k, v, keys, visible, WHOLE, True, EXACT, BLOCK_M, BLOCK_N, *inputs, *form
                 )
                 if WHOLE:
@@ -226,7 +126,7 @@ def _own_keys(
                     store_rows(dq_ptr, first, dq_row_stride, there, dq * scale, HEAD_DIM, BLOCK_D, BLOCK_M)
         if not WHOLE and not EXACT:
             for first in range(tl.maximum(begin, split), q_len, BLOCK_M):
-                dk, dv, ds, allowed = _add_queries(
+                dk, dv, ds, allowed = add_queries(
                     dk, dv, first, k, v, keys, visible, WHOLE, False, EXACT, BLOCK_M, BLOCK_N, *inputs, *form
                 )
         q_ptr += q_head_stride
@@ -246,13 +146,14 @@ def _own_keys(
 
 @triton.jit
 def _give_keys(
-    first_key,
-    end,
-    plain,
     k_len,
     dk_in,  # pointer to (k_len, HEAD_DIM) of this sequence and key head, stride of its rows
     dv_in,  # pointer to (k_len, VALUE_DIM), stride of its rows
+    first_key,
+    end,
+    plain,
     WHOLE: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     inputs,
@@ -267,49 +168,44 @@ def _give_keys(
     DROPS: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
-    """Writes the gradients of a tile of keys."""
+    """Writes the gradients of a tile of keys. Returns whether they have to be made anew with EXACT."""
     dk_ptr, dk_row_stride = dk_in
     dv_ptr, dv_row_stride = dv_in
-    dk, dv, spoiled = _own_keys(first_key, end, plain, WHOLE, False, BLOCK_M, BLOCK_N, *inputs, form, *form)
-    if CAUSAL or MASK != NO_MASK:
-        if spoiled:
-            dk, dv, spoiled = _own_keys(
-                first_key, end, plain, WHOLE, True, EXACT_BLOCK, BLOCK_N, *inputs, form, *form
-            )
+    dk, dv, spoiled = _own_keys(first_key, end, plain, WHOLE, EXACT, BLOCK_M, BLOCK_N, *inputs, form, *form)
     there = first_key + tl.arange(0, BLOCK_N) < k_len
     store_rows(dk_ptr, first_key, dk_row_stride, there, dk, HEAD_DIM, BLOCK_D, BLOCK_N)
     store_rows(dv_ptr, first_key, dv_row_stride, there, dv, VALUE_DIM, BLOCK_DV, BLOCK_N)
     if WHOLE:  # keys behind the tile are such that nothing may attend
         zero_rows(dk_ptr, BLOCK_N, BLOCK_N, k_len, dk_row_stride, HEAD_DIM, BLOCK_D, BLOCK_N)
         zero_rows(dv_ptr, BLOCK_N, BLOCK_N, k_len, dv_row_stride, VALUE_DIM, BLOCK_DV, BLOCK_N)
+    return spoiled
 
 
 @triton.jit
 def _give_keys_by_size(
+    gradients,  # k_len, dk_in and dv_in
     first_key,
     end,
     plain,
-    k_len,
-    dk_in,
-    dv_in,
     inputs,
     form,
     WHOLE: tl.constexpr,
+    CHECKED: tl.constexpr,  # there may be something that is not finite and hidden
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    tile = (first_key, end, plain)
     if WHOLE and BLOCK_N >= 32:
         # Of sequences laid end to end many are much shorter than the longest.
         if end <= BLOCK_N // 2:
-            _give_keys(
-                first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_M, BLOCK_N // 2, inputs, form, *form
-            )
+            spoiled = _give_keys(*gradients, *tile, WHOLE, False, BLOCK_M, BLOCK_N // 2, inputs, form, *form)
         else:
-            _give_keys(
-                first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_M, BLOCK_N, inputs, form, *form
-            )
+            spoiled = _give_keys(*gradients, *tile, WHOLE, False, BLOCK_M, BLOCK_N, inputs, form, *form)
     else:
-        _give_keys(first_key, end, plain, k_len, dk_in, dv_in, WHOLE, BLOCK_M, BLOCK_N, inputs, form, *form)
+        spoiled = _give_keys(*gradients, *tile, WHOLE, False, BLOCK_M, BLOCK_N, inputs, form, *form)
+    if CHECKED:
+        if spoiled:
+            _give_keys(*gradients, *tile, WHOLE, True, EXACT_BLOCK, BLOCK_N, inputs, form, *form)
 
 
 @triton.jit(do_not_specialize=["sequences", "k_blocks", "q_len", "k_len", "lse_stride", "threshold"])
@@ -466,15 +362,14 @@ def _attention_bwd_keys_kernel(
         (rng_ptr, threshold, dropout_scale, sequence * (key_heads * group) + head),
     )
     _give_keys_by_size(
+        (k_len, (dk_ptr, dk_row_stride), (dv_ptr, dv_row_stride)),
         first_key,
         end,
         plain,
-        k_len,
-        (dk_ptr, dk_row_stride),
-        (dv_ptr, dv_row_stride),
         inputs,
         (HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, CAUSAL, MASK, PER_QUERY, DROPS, NEGATIVE),
         WHOLE,
+        CAUSAL or MASK != NO_MASK,
         BLOCK_M,
         BLOCK_N,
     )

@@ -16,7 +16,7 @@ from ._attention_configs import (
     at_once,
 )
 from ._attention_forward import _attention_fwd_kernel
-from .configs import size_class
+from .configs import Configs, size_class
 from .launch import launch
 from .philox import dropout_arguments
 
@@ -60,11 +60,12 @@ def attend(
     q, k, v = dense_rows(query), dense_rows(key), dense_rows(value)
     form = _form(q, v, attn_mask, rng, lengths, is_causal, scale)
     keys, head_dim = size_class(lengths.longest_k), max(form["BLOCK_D"], form["BLOCK_DV"])
-    if at_once(keys, head_dim, q.itemsize):
-        tiles = {"BLOCK_N": keys, **FORWARD_AT_ONCE.of(q, head_dim, keys, q.itemsize)}
+    drops = int(rng is not None)
+    if at_once(keys, head_dim, q.itemsize, backward=False):
+        tiles = {"BLOCK_N": keys, **FORWARD_AT_ONCE.of(q, head_dim, keys, q.itemsize, drops)}
         form["AT_ONCE"] = True
     else:
-        tiles = FORWARD.of(q, head_dim, q.itemsize)
+        tiles = FORWARD.of(q, head_dim, q.itemsize, drops)
         form["AT_ONCE"] = False
     q_blocks = -(-lengths.longest_q // tiles["BLOCK_M"])
     threshold, dropout_scale = dropout_arguments(dropout_p)
@@ -125,7 +126,8 @@ def differentiate(
     lse = lse.contiguous()
     form = _form(q, v, attn_mask, rng, lengths, is_causal, scale)
     keys, head_dim = size_class(lengths.longest_k), max(form["BLOCK_D"], form["BLOCK_DV"])
-    whole = dscores is None and at_once(keys, head_dim, q.itemsize)
+    drops = int(rng is not None)
+    whole = dscores is None and at_once(keys, head_dim, q.itemsize, backward=True)
     threshold, dropout_scale = dropout_arguments(dropout_p)
     numbers = (lengths.q_len, lengths.k_len, lse.shape[-1], max(abs(scale), LEAST_SCALE), scale)
     numbers = (*numbers, threshold, dropout_scale)
@@ -133,7 +135,7 @@ def differentiate(
     if not whole:
         delta = torch.empty_like(lse)
         o = dense_rows(out)
-        tiles = BACKWARD_QUERIES.of(q, head_dim, q.itemsize)
+        tiles = BACKWARD_QUERIES.of(q, head_dim, q.itemsize, drops)
         q_blocks = -(-lengths.longest_q // tiles["BLOCK_M"])
         launch(
             _attention_bwd_queries_kernel,
@@ -167,9 +169,9 @@ def differentiate(
             **tiles,
         )
     if whole:
-        tiles = {"BLOCK_N": keys, **BACKWARD_AT_ONCE.of(q, head_dim, keys, q.itemsize)}
+        tiles = {"BLOCK_N": keys, **BACKWARD_AT_ONCE.of(q, head_dim, keys, q.itemsize, drops)}
     else:
-        tiles = BACKWARD_KEYS.of(q, head_dim, q.itemsize)
+        tiles = BACKWARD_KEYS.of(q, head_dim, q.itemsize, drops)
     k_blocks = 1 if whole else -(-lengths.longest_k // tiles["BLOCK_N"])
     launch(
         _attention_bwd_keys_kernel,
@@ -203,6 +205,16 @@ def differentiate(
         **form,
         WHOLE=whole,
         **tiles,
+    )
+
+
+def tables_for(query: Tensor, longest_k: int) -> tuple[list[Configs], list[Configs]]:
+    """Whose configurations forward and backward take, without a gradient of the mask; heads of one width."""
+    sizes = size_class(longest_k), size_class(query.shape[-1]), query.itemsize
+    forward, backward = at_once(*sizes, backward=False), at_once(*sizes, backward=True)
+    return (
+        [FORWARD_AT_ONCE if forward else FORWARD],
+        [BACKWARD_AT_ONCE] if backward else [BACKWARD_QUERIES, BACKWARD_KEYS],
     )
 
 

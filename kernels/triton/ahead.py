@@ -267,13 +267,14 @@ def section(stem: str, module: ModuleType) -> str:
                 raise SystemExit("\n".join(problems))
             rows.append(row(version, result))
     head = "| kernel | for | dtype | configuration | registers | local | shared | matrix instruction |"
-    lines = [f"## {stem}", f"<!-- {stem}.py {digest(stem)} -->", head, "|---" * 8 + "|", *rows]
+    mark = f"<!-- {stem}.py {digest(stem)} -->"
+    lines = [f"## {stem}", mark, "", f"With Triton {triton.__version__}:", "", head, "|---" * 8 + "|", *rows]
     return "\n".join(lines) + "\n"
 
 
 def row(version: Version, result: Compiled) -> str:
     name = version.name.strip("_").removesuffix("_kernel")
-    matrix = ", ".join(m.partition(".")[0] if m == "mma.sync" else m for m in result.matrix) or "-"
+    matrix = ", ".join(result.matrix) or "-"
     cells = [name, version.architecture, version.dtype, version.described()]
     return f"| {' | '.join([*cells, str(result.registers), str(result.spilled), str(result.shared), matrix])} |"
 

@@ -38,8 +38,8 @@ def loaded(ptr, mask):
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr = "ieee"):
-    """``acc + a @ b``: operands of one dtype, accumulated in float32."""
+def product(a, b, acc):
+    """``acc + a @ b``: operands of one dtype, accumulated in float32; float32 itself is not rounded to TF32."""
     if INTERPRET:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee")

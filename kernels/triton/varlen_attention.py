@@ -3,10 +3,15 @@
 No padding is looked at. Tokens behind the last sequence, as in a batch that is filled up to a bucket, get zeros.
 """
 
+import functools
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-from ._attention_call import Lengths, attend, differentiate
+from ._attention_call import Lengths, attend, differentiate, tables_for
+from .configs import Configs
+from .sizes import Sizes
 
 
 def varlen_attention_fwd(
@@ -85,3 +90,28 @@ def _lengths(
         cu_q.contiguous(),
         cu_k.contiguous(),
     )
+
+
+# --- What is compiled ahead -------------------------------------------------------------------------------------
+
+# The configurations are those of dense attention, which is tuned; here they are seen to fit this use of them too.
+AHEAD = [Sizes(seqlen=128, dropout_p=0.1), Sizes(seqlen=256)]
+
+
+def calls(sizes: Sizes, empty: Callable[..., Tensor]) -> Iterator[tuple[Configs, Callable[[], object]]]:
+    """Sequences of one length, laid end to end."""
+    q, k, v, dout = (empty(sizes.tokens, sizes.heads, sizes.head_dim, dtype=sizes.dtype) for _ in range(4))
+    cu = torch.arange(sizes.batch + 1, dtype=torch.int32, device=q.device) * sizes.seqlen
+    rng = empty(2, dtype=torch.int64) if sizes.dropout_p else None
+    lengths = (cu, cu, sizes.seqlen, sizes.seqlen)
+    constants = (rng, sizes.dropout_p, False, sizes.head_dim**-0.5)
+
+    @functools.cache
+    def forward() -> tuple[Tensor, Tensor]:
+        return varlen_attention_fwd(q, k, v, *lengths, *constants)
+
+    tables = tables_for(q, sizes.seqlen)
+    for configs in tables[0]:
+        yield configs, lambda: varlen_attention_fwd(q, k, v, *lengths, *constants)
+    for configs in tables[1]:
+        yield configs, lambda: varlen_attention_bwd(dout, q, k, v, *forward(), *lengths, *constants)

@@ -31,17 +31,37 @@ WORTHWHILE: dict[tuple[str, str], int] = {
 }
 
 
+# Under ``torch.compile`` without gradients, where that differs: Inductor makes one loop of PyTorch's op and of its
+# neighbours, which is worth more than what a kernel of ours saves. With gradients ours win (docs/tuning.md).
+COMPILED_INFERENCE: dict[tuple[str, str], str] = {
+    ("layer_norm", "cpu"): "native",
+}
+
+
+def measured(op: str, tensor: Tensor) -> str:
+    """The row for ``op`` on the device of ``tensor``, whatever its size; ``"native"`` if there is none."""
+    return FASTEST.get((op, _device(tensor)), "native")
+
+
 def fastest(op: str, tensor: Tensor) -> str:
     if not FASTEST:
         return "native"
-    device = "cpu"
-    if not tensor.is_cpu:
-        device = tensor.device.type
+    row = op, _device(tensor)
+    backend = FASTEST.get(row, "native")
+    if backend == "native":
+        return backend
+    if torch.compiler.is_compiling():
+        # Of no size: a graph is for many, and calls without Python in between.
+        return backend if torch.is_grad_enabled() else COMPILED_INFERENCE.get(row, backend)
+    # A tensor without elements stands for those of any size, as where a report asks.
+    return "native" if 0 < tensor.numel() < WORTHWHILE.get(row, 0) else backend
+
+
+def _device(tensor: Tensor) -> str:
+    if tensor.is_cpu:
+        return "cpu"
+    device = tensor.device.type
     if device == "cuda":
         major, minor = cuda_capability(tensor.device.index)
         device = f"sm_{major}{minor}"
-    backend = FASTEST.get((op, device), "native")
-    if backend == "native" or torch.compiler.is_compiling():
-        return backend  # a graph is for many sizes, and calls without Python in between
-    # A tensor without elements stands for those of any size, as where a report asks.
-    return "native" if 0 < tensor.numel() < WORTHWHILE.get((op, device), 0) else backend
+    return device

@@ -1,6 +1,7 @@
 """What was replaced by what, what was left alone, and why."""
 
 import re
+import textwrap
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import backends
-from ..backends import BackendError
+from ..backends import BackendError, _auto
 from . import _layouts
 from ._padding import last_forward
 from ._swap import Options, Rule, all_swapped, options_of, swapped
@@ -38,14 +39,34 @@ class Row:
 
 
 @dataclass
+class Choice:
+    """A backend, the ops of the model that would run on it now, and why."""
+
+    backend: str
+    why: str
+    ops: list[str]
+
+
+@dataclass
 class Report:
-    """What :func:`explain` returns: ``str()`` of it is a table to read, ``as_dict()`` is for programs."""
+    """What :func:`explain` returns: ``str()`` of it is a table to read, ``as_dict()`` is for programs.
+
+    Attributes:
+        model: the name of the model's class.
+        dry_run: whether it says what would be done, instead of what was done.
+        backend: what was asked for.
+        replaced, left: the modules that have stand-ins, and those that have none.
+        choices: which backends the ops of the stand-ins would run on.
+        padding: for each encoder when its padding is removed, and what its last forward did.
+        layout_bytes: the size of the copies of weights that are laid out for inference.
+    """
 
     model: str
     dry_run: bool
     backend: str
     replaced: list[Row]
     left: list[Row]
+    choices: list[Choice]
     padding: list[str]
     layout_bytes: int
 
@@ -57,19 +78,28 @@ class Report:
         total = sum(row.count for row in self.replaced)
         lines = [f"{self.model}: {total} modules {verb}; backend {self.backend}"]
         shown = [row for row in self.replaced if not row.inside]
-        for row, line in zip(shown, _aligned(shown), strict=True):
-            lines += [f"{line}  {row.backend}".rstrip(), f"         {row.note}"]
+        cells = [(f"{r.count} x", r.where, r.was, r.now, r.backend) for r in shown]
+        table = _table(("", "path", "was", "is", "backend"), cells) if shown else []
+        lines += table[:1]
+        for row, line in zip(shown, table[1:], strict=True):
+            lines += [line, f"         {row.note}"]
         inside = sum(row.count for row in self.replaced if row.inside)
         if inside:
-            lines.append(
-                f"  and {inside} inside these blocks, for when one has to be called module by module"
-            )
-        lines += [f"  padding: {line}" for line in self.padding]
+            lines.append(f"  and {inside} inside these, for when one has to be called module by module")
+        if self.choices:
+            lines.append("backends:")
+        for choice in self.choices:
+            lines += _wrapped(f"{choice.backend}, {choice.why}: {', '.join(choice.ops)}")
+        if self.padding:
+            lines.append("padding:")
+            lines += [line for text in self.padding for line in _wrapped(text)]
         if self.layout_bytes:
-            lines.append(f"  laid-out weights: {self.layout_bytes / 2**20:.1f} MiB")
+            lines.append(f"laid-out weights: {self.layout_bytes / 2**20:.1f} MiB")
         if self.left:
             lines.append("left as they are:")
-            lines += [f"{line}  {row.note}" for row, line in zip(self.left, _aligned(self.left), strict=True)]
+            lines += _table(
+                ("", "path", "is", "why"), [(f"{r.count} x", r.where, r.now, r.note) for r in self.left]
+            )
         return "\n".join(lines)
 
 
@@ -90,7 +120,9 @@ def describe(
     """The report of ``model`` as it is, or with ``planned`` (a rule by a module's id) as it would be."""
     planned = planned or {}
     replaced, left, padding = [], [], []
+    chosen: dict[tuple[str, str], dict[str, None]] = {}
     kept = padding_kept_below(model) if options else {}
+    like = next(model.parameters(), None)  # tells the device of modules that have no parameter
     fused: list[str] = []  # paths of the blocks that compute with the modules below them
     for path, module in model.named_modules():
         done, rule = swapped(module), planned.get(id(module))
@@ -99,16 +131,18 @@ def describe(
             standin = done.standin if done else rule.load()
             was = done.original if done else type(module)
             note, ops = (done.does, done.ops) if done else (rule.does, rule.ops)
-            backend = _backends(ops, module, options)
+            found = _choices(ops, module, next(module.parameters(), like), options)
+            for op, choice in found.items():
+                chosen.setdefault(choice, {})[op] = None
+            backend = ", ".join(dict.fromkeys(name for name, _ in found.values()))
             replaced.append((path, _name(was), _name(standin), note, backend, below))
-            if getattr(standin, "removes_padding", False):
+            removes_padding = getattr(standin, "removes_padding", False)
+            one_of_many = getattr(standin, "one_of_many", False)  # a layer that removes padding for itself
+            if removes_padding:
                 asked = options and options.below(kept.get(id(module)))
-                where = path or "the model"
-                if getattr(standin, "one_of_many", False):  # what holds for one layer holds for all
-                    where = re.sub(r"\b\d+\b", "*", where)
-                    fused.append(path)
-                padding += [line for line in _padding_rule(where, module, asked) if line not in padding]
-            elif not getattr(standin, "calls_modules", False):
+                padding += [(path, one_of_many, text) for text in _padding_rule(module, asked)]
+            # An encoder calls its layers; what lies in a layer is computed with, but not called.
+            if one_of_many or not getattr(standin, "calls_modules", removes_padding):
                 fused.append(path)
         elif not below:
             reason = _left_reason(module)
@@ -123,7 +157,8 @@ def describe(
         backend=backend,
         replaced=_grouped(replaced),
         left=_grouped(left),
-        padding=padding,
+        choices=[Choice(*choice, list(ops)) for choice, ops in chosen.items()],
+        padding=_padding_lines(padding),
         layout_bytes=_layouts.size_in_bytes(model),
     )
 
@@ -144,24 +179,42 @@ def _left_reason(module: nn.Module) -> str | None:
     return "no rule for it" if computes else None
 
 
-def _backends(ops: tuple[str, ...], module: nn.Module, options: Options | None) -> str:
-    """Which backends the ops of a stand-in would run on, for its own dtype and device and inputs of a size."""
-    parameter = next(module.parameters(), None)
-    example = [] if parameter is None else [torch.empty(0, dtype=parameter.dtype, device=parameter.device)]
+def _choices(
+    ops: tuple[str, ...], module: nn.Module, like: torch.Tensor | None, options: Options | None
+) -> dict[str, tuple[str, str]]:
+    """By op of a stand-in: the backend that inputs of a size, with dtype and device of ``like``, run on, and why."""
+    example = [] if like is None else [torch.empty(0, dtype=like.dtype, device=like.device)]
     asked = (options or options_of(module)).backend
     found = {}
     for op in ops:
         if op not in backends._registry.ops():
             continue  # moved by PyTorch's own index ops, whatever the backend
-        try:
-            with backends.use(asked or backends.requested()):
-                found[backends.choose(op, *example)] = None
-        except BackendError:
-            found[f"{asked}: cannot"] = None
-    return ", ".join(found)
+        with backends.use(asked or backends.requested()):
+            name = backends.requested()
+            try:
+                found[op] = (backends.choose(op, *example), _why(op, name, asked, *example))
+            except BackendError:
+                reasons = "; ".join(backends.why_not(name, op, *example))
+                found[op] = (f"{name}: cannot", reasons)
+    return found
 
 
-def _padding_rule(path: str, module: nn.Module, options: Options | None) -> list[str]:
+def _why(op: str, name: str, asked: str | None, *example: torch.Tensor) -> str:
+    """Why ``op`` runs where it does, when ``name`` was requested, by ``optimize`` if it is what that was ``asked``."""
+    if name != "auto":
+        return "because optimize was told so" if name == asked else "because it was asked for"
+    if not example:
+        return "as no parameter tells the device"
+    measured = _auto.measured(op, *example)
+    if measured == "native":
+        return "as nothing faster has been proved on this device"
+    reasons = backends.why_not(measured, op, *example)
+    if reasons:
+        return f"as {measured} cannot ({'; '.join(reasons)})"
+    return "the fastest measured here"
+
+
+def _padding_rule(module: nn.Module, options: Options | None) -> list[str]:
     """When padding is removed, and what the last forward did."""
     options = options or options_of(module)
     rule = {
@@ -170,22 +223,38 @@ def _padding_rule(path: str, module: nn.Module, options: Options | None) -> list
         False: f"kept: {options.kept_because}",
     }[options.remove_padding]
     last = last_forward(module)
-    return [f"{path}: {rule}", *([f"{path}: last forward {last}"] if last else [])]
+    return [rule, *([f"last forward {last}"] if last else [])]
+
+
+def _padding_lines(found: list[tuple[str, bool, str]]) -> list[str]:
+    """By path; one line for all layers of which the same is to be said."""
+    lines = (f"{(_starred(path) if many else path) or 'the model'}: {text}" for path, many, text in found)
+    return list(dict.fromkeys(lines))
+
+
+def _starred(path: str) -> str:
+    return re.sub(r"\b\d+\b", "*", path)
 
 
 def _grouped(rows: list[tuple]) -> list[Row]:
     """Rows that differ in the number of their layer alone, as one."""
     groups = defaultdict(int)
     for path, *rest in rows:
-        groups[(re.sub(r"\b\d+\b", "*", path) or "(the model itself)", *rest)] += 1
+        groups[(_starred(path) or "(the model itself)", *rest)] += 1
     return [Row(where, count, *rest) for (where, *rest), count in groups.items()]
 
 
-def _aligned(rows: list[Row]) -> list[str]:
-    """How many, where, and what became of them, in columns."""
-    classes = [row.was if row.was == row.now else f"{row.was} -> {row.now}" for row in rows]
-    wide = max((len(row.where) for row in rows), default=0), max(map(len, classes), default=0)
+def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """Lines with the cells in columns, the first column to the right."""
+    wide = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    wide[0] = max(wide[0], 5)
     return [
-        f"  {row.count:3} x  {row.where:{wide[0]}}  {text:{wide[1]}}"
-        for row, text in zip(rows, classes, strict=True)
+        "  ".join(
+            (f"  {row[0]:>{wide[0]}}", *(f"{c:{w}}" for c, w in zip(row[1:], wide[1:], strict=True)))
+        ).rstrip()
+        for row in (heads, *rows)
     ]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)

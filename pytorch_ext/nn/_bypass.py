@@ -29,7 +29,8 @@ def hooked(module: nn.Module) -> bool:
         return True
     if "forward" in module.__dict__:
         return True
-    return any(hook.__module__ != _IDLE_HOOKS for hook in module._forward_hooks.values())
+    hooks = module._forward_hooks  # mostly none, and this is asked some thirty times per layer
+    return bool(hooks) and any(hook.__module__ != _IDLE_HOOKS for hook in hooks.values())
 
 
 def watched(layer: nn.Module) -> bool:

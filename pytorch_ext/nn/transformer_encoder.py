@@ -60,7 +60,9 @@ def encode(
         return nn.TransformerEncoder.forward(encoder, src, mask, padding, is_causal)
     check_masks(mask, padding, is_causal, NAMES)
     turned = src.dim() == 3 and not encoder.layers[0].self_attn.batch_first
-    causal = is_causal_mask(mask, src.shape[1 if src.dim() == 3 and not turned else 0])
+    # Asked only where the answer counts: the device has to be waited for.
+    asks = is_causal is None or padding is not None
+    causal = asks and is_causal_mask(mask, src.shape[1 if src.dim() == 3 and not turned else 0])
     hint = causal if is_causal is None else is_causal
     if not all(map(is_ours, encoder.layers)) or bypass.hooked_everywhere():
         note(encoder, f"dense: {_foreign_reason(encoder)}")

@@ -51,6 +51,8 @@ def test_every_row_names_what_exists():
         assert op in OPS and name in backends.names()
         assert device == "cpu" or device in TABLE
     assert backends._auto.WORTHWHILE.keys() <= REAL.keys()
+    assert backends._auto.COMPILED_INFERENCE.keys() <= REAL.keys()
+    assert set(backends._auto.COMPILED_INFERENCE.values()) <= set(backends.names())
 
 
 def test_auto_steps_back_where_the_fastest_cannot_run(gpu, cuda_tensor, fastest):
@@ -80,3 +82,21 @@ def test_a_row_counts_from_a_size_on(fastest, monkeypatch):
 
 def test_without_measurements_native(fastest):
     assert {backends.choose(op, torch.empty(3)) for op in OPS} == {"native"}
+
+
+def test_compiled_inference_takes_what_is_faster_there(fastest, monkeypatch):
+    fastest["gelu", "cpu"] = fastest["layer_norm", "cpu"] = "reference"
+    monkeypatch.setattr(backends._auto, "COMPILED_INFERENCE", {("gelu", "cpu"): "native"})
+    numbers = {name: i for i, name in enumerate(backends.names())}
+
+    def chosen(x):
+        return x * 0 + numbers[backends.choose("gelu", x)], x * 0 + numbers[backends.choose("layer_norm", x)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    found = []
+    for function in (chosen, compiled):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found.append([backends.names()[int(number)] for number in function(torch.ones(1))])
+    assert found == [["reference", "reference"]] * 3 + [["native", "reference"]]

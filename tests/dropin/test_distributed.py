@@ -7,6 +7,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import pytorch_ext
+from pytorch_ext.dropin._padding import Packed
 
 MODELS = ["hf.BertModel", "px.BertModel"]
 
@@ -81,6 +82,21 @@ def test_fully_shard(make_model, make_batch, run, name, when):
     else:  # the layers had classes of their own already, and were left alone
         pytorch_ext.revert(fast)
     run(fast, batch.inputs, batch.real, backward=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sharded_layers_get_tokens_without_padding(make_pair, make_batch, monkeypatch, name, recwarn):
+    _, fast = make_pair(name)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in fast.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(fast, mesh=mesh)
+    padded = []
+    original = Packed.pad
+    monkeypatch.setattr(Packed, "pad", lambda self, x: padded.append(x.shape) or original(self, x))
+    fast(**make_batch().inputs).last_hidden_state.sum().backward()
+    assert padded == [(25, 32)], "once, after the last layer"
+    assert not [w for w in recwarn if "returned a view" in str(w.message)]
 
 
 def test_fully_shard_in_mixed_precision(make_pair, make_batch, run):

@@ -1,6 +1,8 @@
 """What explain says, as text and as data."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -131,6 +133,8 @@ def test_data(report):
     assert json.loads(json.dumps(data)) == data
     assert data["replaced"][0].keys() == {"where", "count", "was", "now", "note", "backend", "inside"}
     assert data["model"] == CLASSIFIER
+    assert [choice["backend"] for choice in data["choices"]] == ["native"]
+    assert "varlen_attention" in data["choices"][0]["ops"]
 
 
 def test_backends(make_pair):
@@ -141,6 +145,57 @@ def test_backends(make_pair):
         assert pytorch_ext.explain(fast).backend == "reference"
     with backends.use("cuda"):
         assert "cannot" in row(pytorch_ext.explain(fast), "encoder.layer.*").backend
+
+
+def choices(model):
+    return {(c.backend, c.why): set(c.ops) for c in pytorch_ext.explain(model).choices}
+
+
+def test_why_a_backend_runs(make_pair, monkeypatch):
+    monkeypatch.setattr(backends._auto, "FASTEST", {("linear", "cpu"): "reference", ("gelu", "cpu"): "cuda"})
+    _, fast = make_pair()
+    found = choices(fast)
+    assert found["reference", "the fastest measured here"] == {"linear"}
+    assert "varlen_attention" in found["native", "as nothing faster has been proved on this device"]
+    ((backend, why),) = [key for key, ops in found.items() if "gelu" in ops]
+    assert backend == "native" and why.startswith("as cuda cannot (")
+    with backends.use("reference"):
+        assert choices(fast).keys() == {("reference", "because it was asked for")}
+    _, fast = make_pair(backend="reference")
+    with backends.use("native"):
+        assert choices(fast).keys() == {("reference", "because optimize was told so")}
+    with backends.use("cuda"):
+        _, fast = make_pair()
+        (backend, why), *_ = choices(fast)
+        assert backend == "cuda: cannot" and why
+    assert choices(nn.GELU()) == {}
+    assert choices(pytorch_ext.optimize(nn.GELU())) == {
+        ("native", "as no parameter tells the device"): {"gelu"}
+    }
+
+
+def test_equal_layers_are_said_once(make_pair, make_batch):
+    texts = []
+    for layers in (2, 12):
+        _, fast = make_pair(f"hf.{CLASSIFIER}", num_hidden_layers=layers)
+        with torch.no_grad():
+            fast(**make_batch().inputs)
+        texts.append(str(pytorch_ext.explain(fast)).splitlines())
+    assert len(texts[0]) == len(texts[1]) <= 25
+
+
+def test_no_package_is_needed_to_print_it():
+    """It is read where torch alone is installed."""
+    code = (
+        "import sys; from torch import nn; import pytorch_ext\n"
+        "print(pytorch_ext.explain(pytorch_ext.optimize(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))))\n"
+        "print(*sorted({'rich', 'transformers', 'tabulate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, modules = done.stdout.splitlines()
+    assert modules == ""
+    assert lines[0] == "Sequential: 1 modules replaced; backend auto"
+    assert lines[1].split() == ["path", "was", "is", "backend"]
 
 
 def test_a_model_of_one_module():

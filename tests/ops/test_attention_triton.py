@@ -47,7 +47,7 @@ def of(function, **options):
 def way(request, monkeypatch):
     """All keys in one tile, as is usual for short sequences; or block by block, as for long ones."""
     if request.param == "by blocks":
-        monkeypatch.setattr(_attention_call, "at_once", lambda *sizes: False)
+        monkeypatch.setattr(_attention_call, "at_once", lambda *sizes, backward: False)
     return request.param
 
 

@@ -82,6 +82,11 @@ def test_layer_norm_of_rows_wider_than_a_block(narrow_blocks, parameters, dtype,
     assert_contract(on_triton(norm), eager_norm, make, dtype)
 
 
+test_layer_norm_of_rows_wider_than_a_block.full_in_interpreter = lambda dtype, regime: (
+    dtype == torch.bfloat16 and regime == "offset"
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parameters", [("weight",), ("weight", "bias", "input_bias")], ids="+".join)
 def test_add_norm_of_rows_wider_than_a_block(narrow_blocks, parameters, dtype):
@@ -90,6 +95,10 @@ def test_add_norm_of_rows_wider_than_a_block(narrow_blocks, parameters, dtype):
         return made | {name: normal(g, 53) for name in parameters}
 
     assert_contract(on_triton(add_norm), eager_add_norm, make, dtype)
+
+
+# Where float32 is right, bfloat16 differs in loads and stores alone.
+test_add_norm_of_rows_wider_than_a_block.full_in_interpreter = lambda dtype: dtype == torch.bfloat16
 
 
 def _embedding_inputs(g, entries=7, tokens=(2, 5), hidden=53):
@@ -155,6 +164,9 @@ def test_programs_that_have_many_rows(ours, eager, names, dtype):
         return made | {name: normal(g, 24) for name in names}
 
     assert_contract(on_triton(ours), eager, make, dtype)
+
+
+test_programs_that_have_many_rows.full_in_interpreter = lambda dtype: dtype == torch.bfloat16
 
 
 def test_a_grid_is_never_larger_than_its_work():
