@@ -40,8 +40,10 @@ def pack_once(
     """
     if mask is None or torch.compiler.is_compiling():
         return pack(layer, x, mask, options)[1:]
-    found = None if first else _found.get(mask)
-    if found is None:
+    # The first layer may have been taken out, and the mask edited since the last forward.
+    version = None if mask.is_inference() else mask._version
+    known = None if first else _found.get(mask)
+    if known is None or known[0] != version:
         # Of an alias: what is found must not keep the mask, by which it is found, alive.
-        found = _found[mask] = pack(layer, x, mask.detach(), options)[1:]
-    return found
+        known = _found[mask] = (version, pack(layer, x, mask.detach(), options)[1:])
+    return known[1]

@@ -118,15 +118,21 @@ def test_masks_by_layer_as_modernbert_takes_them(make_pair, make_batch, assert_s
     assert_same(original, fast, batch, backward=True, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mask_that_was_edited_in_place_counts_anew(make_pair, make_batch, assert_same):
+@pytest.mark.parametrize("without_first", [False, True])
+@pytest.mark.parametrize(("name", "layers"), [("hf.ModernBertModel", "layers"), ("hf.GPT2Model", "h")])
+def test_a_mask_that_was_edited_in_place_counts_anew(
+    make_pair, make_batch, assert_same, name, layers, without_first
+):
     """The layers of one forward share what was found of a mask, two forwards do not."""
-    for name in ("hf.ModernBertModel", "hf.GPT2Model"):
-        original, fast = make_pair(name)
-        batch = make_batch(dtype=torch.bool, types=False)
-        assert_same(original, fast, batch, rtol=1e-6)
-        batch.inputs["attention_mask"][:, 3:5] = True
-        batch.real = batch.inputs["attention_mask"].clone()
-        assert_same(original, fast, batch, rtol=1e-6)
+    original, fast = make_pair(name)
+    for model in (original, fast):
+        if without_first:
+            del getattr(model, layers)[0]
+    batch = make_batch(dtype=torch.bool, types=False)
+    assert_same(original, fast, batch, rtol=1e-6)
+    batch.inputs["attention_mask"][:, 3:5] = True
+    batch.real = batch.inputs["attention_mask"].clone()
+    assert_same(original, fast, batch, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hf.ModernBertModel", "hf.GPT2Model"])
