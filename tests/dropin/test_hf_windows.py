@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import pytorch_ext
-from pytorch_ext.dropin import _attention
+from pytorch_ext.dropin import _attention, _padding
 from pytorch_ext.dropin._attention import attend
+from pytorch_ext.dropin._padding import pack_once
+from pytorch_ext.dropin._swap import Options
 from pytorch_ext.nn._padding import Packed
 from pytorch_ext.testing import cumulative, padding_mask
 
@@ -149,3 +151,15 @@ def test_what_explain_says_of_layers_that_remove_padding_each(make_pair, make_ba
     ]
     assert all(row.inside for row in report.replaced if row.where.startswith(f"{where}."))
     assert not any(row.where.startswith(where) for row in report.left)
+
+
+def test_what_was_found_of_a_mask_lasts_as_long_as_the_mask_and_its_values():
+    layer, x, mask = torch.nn.Identity(), torch.ones(2, 4, 3), padding_mask([4, 2], 4)
+    found = pack_once(layer, x, mask, Options(), first=True)
+    assert pack_once(layer, x, mask, Options(), first=False) is found
+    mask[1, 2] = True  # before a forward whose first layer was taken out
+    anew = pack_once(layer, x, mask, Options(), first=False)
+    assert anew[0].lengths == [4, 3]
+    before = len(_padding._found)
+    del mask
+    assert len(_padding._found) == before - 1
