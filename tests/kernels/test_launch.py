@@ -85,7 +85,7 @@ ALIGNED = torch.zeros(64)
         {"second": False},
         {"num_warps": 8},
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),
 )
 def test_what_triton_specialises_on_is_compiled_anew(kernel, changes):
     go(kernel, ALIGNED)
