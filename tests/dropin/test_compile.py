@@ -1,5 +1,6 @@
 """torch.compile and torch.export of an optimised model."""
 
+import copy
 import functools
 
 import pytest
@@ -128,6 +129,28 @@ def test_by_inductor(make_pair, check, name):
     inputs, real = batch_of([11, 5, 1, 8], 11)
     check(original, compiled, inputs, real, removed=True, rtol=1e-4, atol=1e-5)
     check(original, compiled, inputs, real, backward=True, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.full
+def test_reduce_overhead(make_pair, check):
+    original, fast = make_pair(dtype=torch.float32)
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, mode="reduce-overhead")
+    for lengths in ([11, 5, 1, 8], [3, 9, 4, 4]):
+        inputs, real = batch_of(lengths, 11)
+        check(original, compiled, inputs, real, removed=True, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_in_a_compiled_model(make_pair, run, assert_rounds_alike):
+    original, fast = make_pair(dtype=torch.float32, init={"add_pooling_layer": False})
+    inputs, real = batch_of([11, 5, 1, 8], 11)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    found = []
+    for model in (compiled, original):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(run(model, inputs, real)[0]["last_hidden_state"])
+    exact, _ = run(copy.deepcopy(original).double(), inputs, real)
+    assert found[0].dtype == found[1].dtype
+    assert_rounds_alike(*found, exact["last_hidden_state"])
 
 
 def test_the_reference_backend(make_pair, check):
