@@ -58,11 +58,11 @@ def step(model: nn.Module, family: Family, shape: Shape, training: bool) -> Call
     def infer(inputs: Inputs) -> torch.Tensor:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*nested tensors is in prototype stage.*")
-            return family.output(model(**inputs), shape)
+            return family.output(family.call(model, inputs), shape)
 
     def train(inputs: Inputs) -> torch.Tensor:
         model.zero_grad(set_to_none=True)
-        loss = family.output(model(**inputs), shape).float().square().mean()
+        loss = family.output(family.call(model, inputs), shape).float().square().mean()
         loss.backward()
         return loss.detach()
 

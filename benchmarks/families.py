@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,12 +48,14 @@ class Family:
         build: the model in float32, ready to run; equal weights at each call.
         inputs: the batch by the names of the model's arguments.
         output: what is compared and, in training, differentiated, of the model's result: rows of real tokens.
+        call: runs the model on the batch.
     """
 
     name: str
     build: Callable[[Shape], nn.Module]
     inputs: Callable[[Shape], Inputs]
     output: Callable[[Any, Shape], torch.Tensor]
+    call: Callable[[nn.Module, Inputs], Any] = lambda model, inputs: model(**inputs)
 
 
 def families() -> list[Family]:
@@ -61,6 +65,15 @@ def families() -> list[Family]:
         Family("ViT", partial(_hugging_face, "ViT"), _pixels, lambda out, shape: out[0].flatten(0, 1))
     )
     found.append(Family("nn.TransformerEncoder", _torch, _embedded, lambda out, shape: out[shape.mask]))
+    if importlib.util.find_spec("sentence_transformers"):
+        found.append(
+            text(
+                "SentenceTransformer",
+                _sentences,
+                output=lambda out, shape: out["sentence_embedding"],
+                call=lambda model, inputs: model(dict(inputs)),
+            )
+        )
     return found
 
 
@@ -128,6 +141,23 @@ def _hugging_face(name: str, shape: Shape) -> nn.Module:
     torch.manual_seed(0)
     model = cls(cls.config_class(**_CONFIGS[name](shape)))
     return _filled(model)
+
+
+def _sentences(shape: Shape) -> nn.Module:
+    """A BERT with the mean over each text, as sentence-transformers loads it from a folder."""
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules.transformer import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+        transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+        _hugging_face("Bert", shape).save_pretrained(folder)
+        words = Transformer(folder)
+    return SentenceTransformer(
+        modules=[words, Pooling(shape.hidden, pooling_mode="mean")], device="cpu"
+    ).eval()
 
 
 def _torch(shape: Shape) -> nn.Module:
