@@ -5,6 +5,7 @@ import importlib.util
 import os
 import pkgutil
 from collections.abc import Callable
+from importlib import metadata
 from types import ModuleType
 
 from torch import Tensor
@@ -41,7 +42,17 @@ def module(name: str) -> ModuleType:
 def _missing() -> tuple[str, ...]:
     if not _installed():
         return ("the package triton is not installed (a CUDA build of PyTorch for Linux brings it)",)
+    if _interpreted() and _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+        return ("the interpreter of Triton 3.6 cannot loop with numpy 2.4 or later",)
     return () if kernels() else ("this version has no Triton kernels",)
+
+
+def _version(package: str) -> tuple[int, int]:
+    try:
+        major, minor = metadata.version(package).split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
 
 
 @fact
