@@ -49,7 +49,7 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask.to(query.dtype)
     if scale is None:
         scale = max(query.shape[-1], 1) ** -0.5
-    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    leading = _leading(query, key, value)
     q, k, v = (_four_dimensional(t, leading) for t in (query, key, value))
     mask = None if attn_mask is None else _mask_of_four(attn_mask, query.dim(), leading)
     rng = draw_rng(q) if dropout_p > 0.0 else None
@@ -125,15 +125,29 @@ def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor, is_causal: bool) 
     if attn_mask.dtype not in allowed and not by_autocast:
         expected = " or ".join(dict.fromkeys(map(str, allowed)))
         raise RuntimeError(f"attn_mask: expected dtype {expected}, got {attn_mask.dtype}")
-    leading = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3])
+    leading = _leading(query, key, key)
     expected = torch.Size((*leading, *query.shape[-3:-2], query.shape[-2], key.shape[-2]))
-    try:
-        fits = torch.broadcast_shapes(attn_mask.shape, expected) == expected
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not _broadcasts(attn_mask.shape, expected):
         wanted = f"a shape that broadcasts to {tuple(expected)}"
         raise RuntimeError(f"attn_mask: expected {wanted}, got {tuple(attn_mask.shape)}")
+
+
+def _broadcasts(shape: torch.Size, expected: torch.Size) -> bool:
+    if not torch.compiler.is_compiling():
+        pairs = zip(reversed(shape), reversed(expected), strict=False)
+        return len(shape) <= len(expected) and all(size in (1, wanted) for size, wanted in pairs)
+    try:
+        return torch.broadcast_shapes(shape, expected) == expected
+    except RuntimeError:
+        return False
+
+
+def _leading(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    leading = query.shape[:-3]
+    # Broadcasting shapes takes PyTorch longer than small attention does.
+    if torch.compiler.is_compiling() or not (leading == key.shape[:-3] == value.shape[:-3]):
+        leading = torch.broadcast_shapes(leading, key.shape[:-3], value.shape[:-3])
+    return leading
 
 
 def _four_dimensional(t: Tensor, leading: torch.Size) -> Tensor:
