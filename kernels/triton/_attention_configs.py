@@ -29,7 +29,9 @@ def _tiles(block_m: int, num_warps: int, num_stages: int = 1, block_n: int = 0) 
 
 # float32 is multiplied without tensor cores, element by element: small tiles.
 _FLOAT32_AT_ONCE = ((None, None, None, None), _tiles(16, 4))
+_FLOAT32_AT_ONCE_BACKWARD = ((None, None, None, None), _tiles(16, 8))
 _FLOAT32 = ((None, None, None), _tiles(16, 4, 1, 32))
+_FLOAT32_BACKWARD = ((None, None, None), _tiles(16, 8, 1, 32))
 
 FORWARD_AT_ONCE = Configs(
     "attention_fwd_at_once",
@@ -44,14 +46,14 @@ FORWARD_AT_ONCE = Configs(
         "sm_90": [
             ((64, 128, 2, None), _tiles(64, 4)),
             ((128, 128, 2, None), _tiles(64, 8)),
-            ((128, 256, 2, 0), _tiles(64, 8)),
+            ((64, 256, 2, 0), _tiles(64, 8)),
             ((None, None, 2, None), _tiles(32, 4)),
             _FLOAT32_AT_ONCE,
         ],
         "sm_100": [
             ((64, 128, 2, None), _tiles(64, 4)),
             ((128, 128, 2, None), _tiles(64, 8)),
-            ((128, 256, 2, 0), _tiles(64, 8)),
+            ((64, 256, 2, 0), _tiles(64, 8)),
             ((None, None, 2, None), _tiles(32, 4)),
             _FLOAT32_AT_ONCE,
         ],
@@ -74,7 +76,7 @@ FORWARD = Configs(
             ((64, 2, 0), _tiles(128, 8, 2, 128)),
             ((64, 2, None), _tiles(128, 8, 3, 64)),
             ((128, 2, None), _tiles(128, 8, 2, 64)),
-            ((None, 2, None), _tiles(64, 8, 1, 64)),
+            ((None, 2, None), _tiles(64, 8, 1, 32)),
             _FLOAT32,
         ],
         "sm_100": [
@@ -97,7 +99,11 @@ BACKWARD_AT_ONCE = Configs(
     "attention_bwd_at_once",
     by=("head_dim", "keys", "itemsize", "drops"),
     table={
-        a: [((64, 64, 2, None), _tiles(32, 4)), ((None, None, 2, None), _tiles(32, 8)), _FLOAT32_AT_ONCE]
+        a: [
+            ((64, 64, 2, None), _tiles(32, 4)),
+            ((None, None, 2, None), _tiles(32, 8)),
+            _FLOAT32_AT_ONCE_BACKWARD,
+        ]
         for a in ("sm_80", "sm_90", "sm_100")
     },
     wider={"BLOCK_M": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2)},
@@ -112,20 +118,20 @@ BACKWARD_KEYS = Configs(
             ((64, 2, None), _tiles(32, 8, 2, 128)),
             ((128, 2, None), _tiles(32, 8, 1, 64)),
             ((None, 2, None), _tiles(16, 8, 1, 32)),
-            _FLOAT32,
+            _FLOAT32_BACKWARD,
         ],
         "sm_90": [
             ((64, 2, 0), _tiles(64, 8, 1, 128)),
             ((64, 2, None), _tiles(32, 8, 2, 128)),
             ((128, 2, None), _tiles(32, 8, 1, 64)),
             ((None, 2, None), _tiles(32, 8, 1, 64)),
-            _FLOAT32,
+            _FLOAT32_BACKWARD,
         ],
         "sm_100": [
             ((64, 2, None), _tiles(64, 8, 1, 128)),
             ((128, 2, None), _tiles(64, 8, 1, 64)),
             ((None, 2, None), _tiles(32, 8, 1, 64)),
-            _FLOAT32,
+            _FLOAT32_BACKWARD,
         ],
     },
     wider={"BLOCK_M": (16, 32, 64), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
@@ -146,7 +152,7 @@ BACKWARD_QUERIES = Configs(
         "sm_90": [
             ((64, 2, None), _tiles(128, 8, 2, 64)),
             ((128, 2, None), _tiles(64, 8, 1, 64)),
-            ((None, 2, None), _tiles(64, 8, 1, 32)),
+            ((None, 2, None), _tiles(32, 8, 1, 32)),
             _FLOAT32,
         ],
         "sm_100": [
