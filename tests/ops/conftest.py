@@ -244,9 +244,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A test says so by ``full_in_interpreter``: True, or a function of some of its parameters that says of which.
     """
     for item in items:
-        slow = getattr(getattr(item, "function", None), "full_in_interpreter", False)
-        if not slow or not item.get_closest_marker("interpreter"):
+        if not item.get_closest_marker("interpreter"):
             continue
+        slow = getattr(getattr(item, "function", None), "full_in_interpreter", False)
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        if getattr(case, "name", "") in ("causal", "varlen_causal"):
+            slow = True  # of attention the two others stand for these; causality has tests of its own
         if callable(slow):
             wanted = inspect.signature(slow).parameters
             slow = slow(**{name: value for name, value in item.callspec.params.items() if name in wanted})

@@ -191,11 +191,17 @@ def test_what_padding_holds_influences_nothing(backend, mask, kind, bad, device_
     check_hidden(backend, keep, slice(first, B), slice(4, S), kind, bad, device_of(backend), expand)
 
 
+test_what_padding_holds_influences_nothing.full_in_interpreter = lambda bad: math.isinf(bad)
+
+
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_whole_batch_entry_that_is_hidden_influences_nothing(backend, kind, bad, device_of):
     keep = torch.tensor([True, False]).view(B, 1, 1, 1)
     check_hidden(backend, keep, slice(1, B), slice(0, S), kind, bad, device_of(backend))
+
+
+test_a_whole_batch_entry_that_is_hidden_influences_nothing.full_in_interpreter = lambda bad: math.isinf(bad)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -205,6 +211,9 @@ def test_what_every_query_is_forbidden_influences_nothing(kernel_backend, kind, 
     keep = torch.rand(B, H, L, S, generator=torch.Generator().manual_seed(3)) > 0.4
     keep[1, :, :, 4:] = False
     check_hidden(kernel_backend, keep, slice(1, B), slice(4, S), kind, bad, device_of(kernel_backend))
+
+
+test_what_every_query_is_forbidden_influences_nothing.full_in_interpreter = lambda bad: math.isinf(bad)
 
 
 def check_hidden(backend, keep, entries, keys, kind, bad, device, expand=None):

@@ -13,6 +13,11 @@ def test_error_is_at_most_that_of_eager(case, backend, dtype, regime, check_cont
     check_contract(backend, case.ours, case.eager, lambda g: case.make(g, **REGIMES[regime]), dtype)
 
 
+test_error_is_at_most_that_of_eager.full_in_interpreter = lambda case, dtype: (
+    dtype == torch.float16 and "attention" in case.op
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes_and_shapes_are_those_of_eager(case, backend, dtype, inputs_of):
     tensors = inputs_of(case, backend, dtype)
