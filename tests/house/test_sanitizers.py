@@ -20,7 +20,7 @@ def runtime(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def library(root, tmp_path_factory) -> Path:
-    """`_cpu`, built to end the process at what is wrong, and with the units that multiply pairs emulated in plain loops."""
+    """`_cpu`, built to end the process at what is wrong, with the units that multiply pairs emulated in plain loops."""
     if cpu.library() is None:
         pytest.skip(backends.why_not("cpu", "gelu")[0])
     folder = tmp_path_factory.mktemp("sanitized")
