@@ -60,7 +60,9 @@ def test_where_tiles_end(k_len, is_causal, check_contract):
     check_contract("triton", of(sdpa, **options), of(eager_sdpa, **options), make, torch.float32)
 
 
-test_where_tiles_end.full_in_interpreter = lambda k_len, is_causal: k_len not in (16, 33, 65, 256, 257)
+test_where_tiles_end.full_in_interpreter = lambda k_len, is_causal: (
+    k_len not in (16, 33, 65, 257) or (is_causal and k_len > 100)
+)
 
 MASKS = {
     "padding": padding_mask((70, 33), 70)[:, None, None],
@@ -92,7 +94,9 @@ def test_masks(mask, way, dtype, check_contract):
 
 
 test_masks.full_in_interpreter = lambda mask, way, dtype: (
-    dtype == torch.bfloat16 or mask in ("holes", "none", "floats of each key")
+    dtype == torch.bfloat16
+    or mask in ("holes", "none", "floats of each key")
+    or (way == "by blocks" and mask in ("padding", "of each head", "floats of each score"))
 )
 
 
