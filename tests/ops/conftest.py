@@ -4,6 +4,7 @@ A test that takes ``backend`` runs on every backend that can run its module's ``
 ``kernel_backend`` on all of them but ``native``; a new backend gets all of it by being there.
 """
 
+import contextlib
 import functools
 import inspect
 import os
@@ -290,6 +291,21 @@ def interpreter_looks_once():
     interpreter.InterpretedFunction.__call__ = call
     yield
     interpreter.InterpretedFunction.__call__ = once
+
+
+@pytest.fixture(scope="session", autouse=True)
+def large_tiles_of_attention():
+    """In the interpreter a tile costs its time whatever its size, and float32 is shipped with the smallest."""
+    with contextlib.ExitStack() as stack:
+        if INTERPRETED:
+            from pytorch_ext.kernels.triton import _attention_configs as configs
+
+            tiles = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
+            for table in (configs.FORWARD_AT_ONCE, configs.BACKWARD_AT_ONCE):
+                stack.enter_context(table.forced(tiles))
+            for table in (configs.FORWARD, configs.BACKWARD_KEYS, configs.BACKWARD_QUERIES):
+                stack.enter_context(table.forced({**tiles, "BLOCK_N": 64}))
+        yield
 
 
 @pytest.fixture(autouse=True)
