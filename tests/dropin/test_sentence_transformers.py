@@ -88,6 +88,41 @@ def test_embeddings_by_every_pooling(make_embedder, pooling, flattened):
     assert "without padding" in padding(model)[0]
 
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+# The sizes by the names of their configs, and whether a flattened batch can be taken: MPNet hands no lengths down.
+FAMILIES = {
+    "Roberta": (SIZES, True),
+    "DistilBert": ({"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}, True),
+    "MPNet": (SIZES, False),
+    "ModernBert": ({**SIZES, "global_attn_every_n_layers": 2, "local_attention": 8}, True),
+    "GPT2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 72}, True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_with_positions_of_their_own(transformers, st, folder, tmp_path, family):
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    sizes, flattens = FAMILIES[family]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path)
+    special = {f"{name}_token_id": 2 for name in ("bos", "cls", "eos", "sep")}
+    common = {"vocab_size": len(tokenizer), "max_position_embeddings": 72, "pad_token_id": 0}
+    config = getattr(transformers, f"{family}Config")(**{**common, **special, **sizes})
+    torch.manual_seed(0)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    words = st.Transformer(str(tmp_path))
+    # As the families' own tokenizers: their collator leaves token types out, to which GPT-2 gives embeddings.
+    words.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    model = st.package.SentenceTransformer(modules=[words, Pooling(32)], device="cpu").double()
+    expected = embed(model)
+    pytorch_ext.optimize(model)
+    for flattened in (False, True):
+        model[0].unpad_inputs = flattened
+        assert model[0].can_flatten_inputs is (flattened and flattens)
+        torch.testing.assert_close(embed(model), expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("flattened", [False, True], ids=["padded", "flattened"])
 def test_prompts_that_are_not_pooled(make_embedder, flattened):
     model = make_embedder(include_prompt=False)
