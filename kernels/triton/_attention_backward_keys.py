@@ -20,7 +20,7 @@ from ._attention_tiles import (
     visible_keys,
     zero_rows,
 )
-from .precision import narrowed, product
+from .precision import narrowed, product, stored
 
 
 @triton.jit
@@ -38,6 +38,8 @@ def _own_keys(
     q_in,  # of the first of them: pointer to (q_len, HEAD_DIM), stride of its rows
     do_in,  # pointer to (q_len, VALUE_DIM), stride of its rows
     dq_in,  # pointer to (q_len, HEAD_DIM), stride of its rows; written with WHOLE
+    dscores_ptr,  # (q_len, k_len) contiguous, and so for each head; written with WHOLE if not None
+    k_len,
     lse_ptr,  # (q_len)
     delta_ptr,  # (q_len), None with WHOLE
     q_len,
@@ -124,6 +126,10 @@ def _own_keys(
                         if CAUSAL or PER_QUERY:
                             spoiled = spoiled | any_not_finite(dq)
                     store_rows(dq_ptr, first, dq_row_stride, there, dq * scale, HEAD_DIM, BLOCK_D, BLOCK_M)
+                    if dscores_ptr is not None:
+                        queries = first + tl.arange(0, BLOCK_M)
+                        at = dscores_ptr + queries.to(tl.int64)[None, :] * k_len + keys[:, None]
+                        stored(at, ds, there[None, :] & visible[:, None])
         if not WHOLE and not EXACT:
             for first in range(tl.maximum(begin, split), q_len, BLOCK_M):
                 dk, dv, ds, allowed = add_queries(
@@ -134,6 +140,8 @@ def _own_keys(
         lse_ptr += lse_stride
         if WHOLE:
             dq_ptr += dq_head_stride
+            if dscores_ptr is not None:
+                dscores_ptr += tl.cast(q_len, tl.int64) * k_len
         else:
             delta_ptr += lse_stride
         if MASK != NO_MASK:
@@ -221,6 +229,7 @@ def _attention_bwd_keys_kernel(
     lse_ptr,  # (B, H, L) contiguous
     delta_ptr,  # (B, H, L) contiguous; None with WHOLE
     dq_ptr,  # (B, H, L, HEAD_DIM); written with WHOLE, else None
+    dscores_ptr,  # (B, H, L, S) contiguous; written with WHOLE where a score counts, or None
     dk_ptr,  # (B, H_k, S, HEAD_DIM)
     dv_ptr,  # (B, H_k, S, VALUE_DIM)
     q_batch_stride,
@@ -327,6 +336,8 @@ def _attention_bwd_keys_kernel(
         dv_ptr += batch * dv_batch_stride
         if WHOLE:
             dq_ptr += batch * dq_batch_stride
+            if dscores_ptr is not None:
+                dscores_ptr += (batch * (key_heads * group) + first_head) * q_len * k_len
         else:
             delta_ptr += batch * (key_heads * group) * lse_stride
     first_key = block * BLOCK_N
@@ -353,6 +364,8 @@ def _attention_bwd_keys_kernel(
         (q_ptr, q_row_stride),
         (do_ptr, do_row_stride),
         (dq_ptr, dq_row_stride),
+        dscores_ptr,
+        k_len,
         lse_ptr,
         delta_ptr,
         q_len,

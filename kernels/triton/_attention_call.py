@@ -127,7 +127,7 @@ def differentiate(
     form = _form(q, v, attn_mask, rng, lengths, is_causal, scale)
     keys, head_dim = size_class(lengths.longest_k), max(form["BLOCK_D"], form["BLOCK_DV"])
     drops = int(rng is not None)
-    whole = dscores is None and at_once(keys, head_dim, q.itemsize, backward=True)
+    whole = at_once(keys, head_dim, q.itemsize, backward=True)
     threshold, dropout_scale = dropout_arguments(dropout_p)
     numbers = (lengths.q_len, lengths.k_len, lse.shape[-1], max(abs(scale), LEAST_SCALE), scale)
     numbers = (*numbers, threshold, dropout_scale)
@@ -187,6 +187,7 @@ def differentiate(
         lse,
         delta,
         dquery if whole else None,
+        dscores if whole else None,
         dkey,
         dvalue,
         *strides(q),
@@ -209,7 +210,7 @@ def differentiate(
 
 
 def tables_for(query: Tensor, longest_k: int) -> tuple[list[Configs], list[Configs]]:
-    """Whose configurations forward and backward take, without a gradient of the mask; heads of one width."""
+    """Whose configurations forward and backward take; heads of one width."""
     sizes = size_class(longest_k), size_class(query.shape[-1]), query.itemsize
     forward, backward = at_once(*sizes, backward=False), at_once(*sizes, backward=True)
     return (
