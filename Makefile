@@ -92,7 +92,8 @@ clean: ## remove what builds and runs leave; the environment stays, and is insta
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so tests in its interpreter and tests on a GPU cannot
 # share a process; and a GPU is not shared between workers. The plain tests come last, and with them the summary.
 # OMP_NUM_THREADS: each worker on a core of its own; tests of parallel code set their own number of threads.
-workers := -n $(TEST_WORKERS) --dist loadfile
+# In the interpreter a few files take most of the time, so those are shared test by test.
+workers := -n $(TEST_WORKERS)
 marked = grep -rq --include='*.py' 'mark\.$(1)\b' tests
 
 # Asked at most once, and only by a target that runs tests. Without a driver torch need not be imported for it.
@@ -109,12 +110,12 @@ set -e; \
 some() { "$$@" || [ $$? -eq 5 ]; }; \
 if [ -n '$(has_triton)' ] && $(call marked,interpreter); then \
     echo "== In Triton's interpreter"; \
-    some env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/pytest $(workers) -m 'interpreter and ($(1))' $(ARGS); \
+    some env TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(bin)/pytest $(workers) --dist worksteal -m 'interpreter and ($(1))' $(ARGS); \
 fi; \
 if [ -n '$(has_gpu)' ] && $(call marked,gpu); then \
     echo '== On the GPU'; \
     some $(bin)/pytest -m 'gpu and not interpreter and ($(1))' $(ARGS); \
 fi; \
 echo '== On the CPU'; \
-$(if $(ARGS),some) env OMP_NUM_THREADS=1 $(bin)/pytest $(workers) -m 'not gpu and not interpreter and ($(1))' $(ARGS)
+$(if $(ARGS),some) env OMP_NUM_THREADS=1 $(bin)/pytest $(workers) --dist loadfile -m 'not gpu and not interpreter and ($(1))' $(ARGS)
 endef
