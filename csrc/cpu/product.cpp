@@ -24,9 +24,9 @@ Blocks blocks_of(int64_t m, int64_t n, int64_t k, int64_t row_step) {
     Blocks blocks{};
     blocks.down = ceil_div(m, BLOCK_ROWS);
     blocks.across = ceil_div(n, BLOCK_COLS);
-    // About 0.1 ms of work is worth another thread.
+    // Several for each thread, so that none waits long for the last one; about 0.1 ms of work is worth a block.
     const int64_t worthwhile = std::max<int64_t>(1, m * n * k / 2'000'000);
-    const int64_t wanted = std::min(threads > 1 ? 2 * threads : 1, worthwhile);
+    const int64_t wanted = std::min(threads > 1 ? 8 * threads : 1, worthwhile);
     if (blocks.down * blocks.across < wanted)
         blocks.across = std::min(ceil_div(wanted, blocks.down), ceil_div(n, PAIR_COLS));
     blocks.rows = std::min(round_up(ceil_div(m, blocks.down), row_step), BLOCK_ROWS);
