@@ -26,7 +26,7 @@ WORTHWHILE: dict[tuple[str, str], int] = {
     ("bias_gelu", "cpu"): 2**14,
     ("dropout_add_layer_norm", "cpu"): 2**14,
     ("gelu", "cpu"): 2**17,
-    ("layer_norm", "cpu"): 2**17,
+    ("layer_norm", "cpu"): 2**18,
     ("linear", "cpu"): 2**14,
 }
 
