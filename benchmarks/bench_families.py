@@ -118,7 +118,7 @@ def run(family: Family, options: argparse.Namespace, progress: Bar) -> Result:
                 continue
         if name == OURS:
             last = [line for line in pytorch_ext.explain(model).padding if "last forward" in line]
-            result.padding = last[0].partition("last forward ")[2] if last else "has none"
+            result.padding = last[0].partition("last forward ")[2] if last else "none removed"
         ready[name] = call
     if BASELINE in ready and OURS in ready:
         progress.step("timing")

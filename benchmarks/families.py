@@ -119,6 +119,12 @@ def _modernbert(shape: Shape) -> dict[str, Any]:
     return {**_usual(shape), **ids, "intermediate_size": shape.intermediate * 2 // 3}
 
 
+def _deberta(shape: Shape) -> dict[str, Any]:
+    """As version 3 has them."""
+    relative = {"relative_attention": True, "position_buckets": 256, "pos_att_type": ["p2c", "c2p"]}
+    return {**_usual(shape), **relative, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+
+
 _CONFIGS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "Bert": _usual,
     "Roberta": _usual,
@@ -129,6 +135,7 @@ _CONFIGS: dict[str, Callable[[Shape], dict[str, Any]]] = {
     "MPNet": _usual,
     "Albert": lambda shape: {**_usual(shape), "embedding_size": 128},
     "ModernBert": _modernbert,
+    "DebertaV2": _deberta,
     "GPT2": _gpt2,
     "ViT": _usual,
 }
