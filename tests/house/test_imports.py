@@ -21,6 +21,7 @@ LAYERS = [
     {""},
     {"benchmarks"},
     {"demo", "tune"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -36,7 +37,13 @@ PLACES = {
 
 # What may import more than torch at module level, because it is itself imported only when it is asked for.
 ON_DEMAND = (
-    *("pytorch_ext.cli", "pytorch_ext.demo", "pytorch_ext.benchmarks", "pytorch_ext.tune"),
+    *(
+        "pytorch_ext.cli",
+        "pytorch_ext.commands",
+        "pytorch_ext.demo",
+        "pytorch_ext.benchmarks",
+        "pytorch_ext.tune",
+    ),
     *("pytorch_ext.dropin.rules", "pytorch_ext.dropin.standins", "pytorch_ext.huggingface"),
 )
 OPTIONAL = {
