@@ -11,6 +11,7 @@ A module or package of this folder whose name has no leading underscore is a bac
 """
 
 from ._choice import BackendError, choose, requested, use
+from ._exporting import exporting, portable
 from ._registry import available, drop_layouts, explain, kernel, layout_bytes, names, why_not
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "choose",
     "drop_layouts",
     "explain",
+    "exporting",
     "kernel",
     "layout_bytes",
     "names",
+    "portable",
     "requested",
     "use",
     "why_not",

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _auto
+from ._exporting import exporting
 from ._registry import names, why_not
 
 ENVIRONMENT = "PYTORCH_EXT_BACKEND"
@@ -71,9 +72,12 @@ def checked(name: str, argument: str) -> str:
 
 
 def requested() -> str:
-    """The backend asked for at this point of the program: a name or ``"auto"``."""
+    """The backend asked for at this point of the program: a name or ``"auto"``.
+
+    While a model is exported it is ``native``, whatever was asked for: a file of PyTorch's own ops runs everywhere.
+    """
     if torch.compiler.is_compiling():
-        return _scoped_for_dynamo or _from_environment
+        return "native" if exporting() else _scoped_for_dynamo or _from_environment
     scoped = _scoped.get()
     return scoped[-1] if scoped else _from_environment
 

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..backends import exporting
 from ..ops import pad_input
 from ..ops.padding import gathered
 
@@ -139,6 +140,8 @@ def attention_mask(mask: Tensor | None) -> Tensor | None:
 def _dense_reason(
     x: Tensor, mask: Tensor | None, remove_padding: bool | str, kept_because: str
 ) -> str | None:
+    if exporting():
+        return "the model is being exported"
     if remove_padding is False:
         return kept_because
     if mask is None:

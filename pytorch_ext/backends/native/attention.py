@@ -2,6 +2,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._exporting import exporting
+
 __all__ = ["scaled_dot_product_attention"]
 
 
@@ -31,8 +33,11 @@ def _hides_keys(attn_mask: Tensor, key: Tensor) -> bool:
     """Whether the mask is the same for every query and head, as one that marks padding is.
 
     SDPA multiplies a hidden value by a weight of zero, so that a NaN in padding would reach every query. Under a mask
-    that differs between queries PyTorch's own behaviour stays.
+    that differs between queries PyTorch's own behaviour stays. An exported graph has the attention alone: the padding
+    of a dense batch is finite.
     """
+    if exporting():
+        return False
     if attn_mask.dim() > key.dim() or attn_mask.shape[-2] == 0:
         return False
     one_for_all_queries = attn_mask.shape[-2] == 1 or attn_mask.stride(-2) == 0
