@@ -27,10 +27,13 @@ inline Dropout make_dropout(const int64_t* rng, double p) {
 struct Philox {
     uint32_t key0, key1, offset;
 
-    __device__ explicit Philox(const int64_t* rng)
-        : key0(static_cast<uint32_t>(rng[0])),
-          key1(static_cast<uint32_t>(static_cast<uint64_t>(rng[0]) >> 32)),
-          offset(static_cast<uint32_t>(rng[1])) {}
+    // Without a generator of any use where rng is null: nobody asks for its words.
+    __device__ explicit Philox(const int64_t* rng) : key0(0), key1(0), offset(0) {
+        if (rng == nullptr) return;
+        key0 = static_cast<uint32_t>(rng[0]);
+        key1 = static_cast<uint32_t>(static_cast<uint64_t>(rng[0]) >> 32);
+        offset = static_cast<uint32_t>(rng[1]);
+    }
 
     // Columns 4 group to 4 group + 3. The middle words say which row it is: of the rows of a matrix the number's lower
     // and upper word, of attention the query and the head (b * query_heads + h).

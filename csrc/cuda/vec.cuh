@@ -12,7 +12,7 @@ constexpr int VEC = 16 / sizeof(T);  // elements of a chunk
 // The chunk from p on, of which `count` elements are there, none if it is 0 or less; those that are not are zero.
 // Where rows do not begin at multiples of 16 bytes (`aligned` is of all rows, so threads do not part), one by one.
 template <class T>
-__device__ inline uint4 load_chunk(const T* p, int64_t count, bool aligned) {
+__device__ inline uint4 load_chunk(const T* p, int count, bool aligned) {
     if (aligned && count >= VEC<T>) return *reinterpret_cast<const uint4*>(p);
     T elements[VEC<T>];
 #pragma unroll
@@ -21,7 +21,7 @@ __device__ inline uint4 load_chunk(const T* p, int64_t count, bool aligned) {
 }
 
 template <class T>
-__device__ inline void store_chunk(T* p, uint4 chunk, int64_t count, bool aligned) {
+__device__ inline void store_chunk(T* p, uint4 chunk, int count, bool aligned) {
     if (aligned && count >= VEC<T>) {
         *reinterpret_cast<uint4*>(p) = chunk;
         return;
