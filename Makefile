@@ -11,7 +11,7 @@ TEST_WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-full test-extra lint clean
+.PHONY: help env cuda demo test test-full test-extra lint clean
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.pytorch-ext-environment
@@ -29,6 +29,10 @@ help: ## print this list
 
 # --- The environment ------------------------------------------------------------------------------------------
 
+# What `make cuda` has built, every other target keeps up to date.
+PYTORCH_EXT_CUDA ?= $(if $(wildcard pytorch_ext/_cuda.*so),1)
+export PYTORCH_EXT_CUDA
+
 # What the environment was made from: these files by content, the place of the checkout (the installation is
 # editable) and what setup.py reads from the environment. (Make has a CXX of its own, which nobody asked for.)
 compiled := $(sort $(shell find csrc -type f))
@@ -39,6 +43,10 @@ key := $(shell { cat $(inputs); pwd; echo '$(choices)'; } | cksum)
 
 env: ## make the environment, or bring it up to date
 	@[ "$$(cat $(stamp) 2>/dev/null)" = "$(key)" ] || $(MAKE) --no-print-directory $(stamp)
+
+cuda: ## compile csrc/cuda, with a GPU or without (it needs nvcc), and say for which GPUs; kept until `make clean`
+	@$(MAKE) --no-print-directory env PYTORCH_EXT_CUDA=1
+	@$(bin)/python -m pytorch_ext info
 
 # Only reached through `env`, when the key has changed.
 .PHONY: $(stamp)

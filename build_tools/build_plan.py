@@ -192,9 +192,11 @@ def plan_cuda(torch: Torch | None) -> Library:
             "nvcc": [*common, *hidden, *host_compiler_flags(), *gencode],
             "cxx": [*common, "-fPIC", "-fvisibility=hidden", *cuda_headers],
         }
+        recorded = [f'-DPYTORCH_EXT_CUDA_ARCHITECTURES="{archs}"']
         for source in library.sources:
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            library.objects.append(Object(f"{source.name}.o", source, rule, flags[rule]))
+            own = recorded if source.name == "module.cpp" else []
+            library.objects.append(Object(f"{source.name}.o", source, rule, [*flags[rule], *own]))
         library.link_flags = [
             *("-shared", f"-L{torch.folder / 'lib'}", "-ltorch_cpu"),
             *(f"-L{cudart}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"),

@@ -27,6 +27,7 @@ from .backends._choice import ENVIRONMENT
 from .backends._registry import ops
 from .backends.cpu import CAP
 from .backends.cpu import isa as isa_of_kernels
+from .backends.cuda import architectures
 
 PACKAGES = (
     *("triton", "transformers", "tokenizers", "safetensors", "accelerate", "peft"),
@@ -50,6 +51,7 @@ class Info:
     system: dict[str, str | int | list[str] | None]
     gpus: list[dict[str, str | float]]
     libraries: dict[str, str | None]
+    cuda_kernels_for: str | None
     asked_for: dict[str, str | None]
     # op -> backend -> the device types on which it can run; and op -> device type -> what auto takes there
     can_run: dict[str, dict[str, list[str]]]
@@ -94,6 +96,7 @@ class Info:
             *_entry("torch uses", f"{system['torch_uses']}, {system['threads']} threads"),
             *_entry("GPUs", *(gpus or ["none that PyTorch can use"])),
             *_entry("compiled", *built),
+            *_entry("cuda kernels for", self.cuda_kernels_for or "none"),
             *_entry("backend", f"{asked['name']}{unknown} ({_setting(ENVIRONMENT, asked['environment'])})"),
         ]
 
@@ -124,6 +127,7 @@ def report() -> Info:
         system=_system(),
         gpus=_gpus(),
         libraries={name: _library(name) for name in LIBRARIES},
+        cuda_kernels_for=architectures(),
         asked_for={"name": backends.requested(), "environment": os.environ.get(ENVIRONMENT)},
         can_run=can_run,
         auto={op: {device: _auto(op, t) for device, t in examples.items()} for op in ops()},

@@ -11,6 +11,7 @@ FACTS = (
     _requirements.cuda_capability,
     _registry._has_kernel,
     cuda._missing,
+    cuda._not_built_for,
     triton._missing,
     triton._interpreted,
 )
@@ -37,6 +38,7 @@ def gpu(monkeypatch, forget_facts):
         kernels = {f"{op}_{way}": lambda *args: None for op in _registry.ops() for way in ("fwd", "bwd")}
         for backend in (triton, cuda):
             monkeypatch.setattr(backend, "kernels", lambda: kernels)
+        monkeypatch.setattr(cuda, "architectures", lambda: None)
         monkeypatch.setattr(triton, "_installed", lambda: True)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         for fact in FACTS:

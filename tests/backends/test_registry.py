@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pytorch_ext import backends, ops
 from pytorch_ext.backends import _registry, cpu, cuda, triton
@@ -69,6 +70,36 @@ def test_every_reason_is_listed(gpu, cuda_tensor):
         "it needs compute capability 8.0 or later, and this GPU has 7.5",
         "it has no kernels for torch.float64",
     ]
+
+
+@pytest.mark.parametrize(
+    ("built", "runs", "does_not"),
+    [
+        ("sm_80", "sm_80 sm_86 sm_89", "sm_75 sm_90"),
+        ("sm_86, sm_90a", "sm_86 sm_89 sm_90", "sm_80 sm_100"),
+        ("sm_80, sm_90, PTX of 90", "sm_80 sm_90 sm_100 sm_120", "sm_75"),
+    ],
+)
+def test_a_library_for_other_gpus(built, runs, does_not, gpu, cuda_tensor, monkeypatch):
+    for architecture in f"{runs} {does_not}".split():
+        gpu(architecture)
+        monkeypatch.setattr(cuda, "architectures", lambda: built)
+        reasons = backends.why_not("cuda", "gelu", cuda_tensor())
+        expected = f"was built for {built}, and this GPU is {architecture}"
+        assert any(expected in reason for reason in reasons) == (architecture in does_not.split()), (
+            architecture
+        )
+
+
+def test_rows_that_do_not_fit_in_registers(gpu):
+    gpu("sm_90")
+    with FakeTensorMode():
+        x = torch.empty(2, 3, cuda.WIDEST, device="cuda:0")
+        weight = torch.empty(3, cuda.WIDEST, device="cuda:0")
+    assert backends.why_not("cuda", "layer_norm", x) == []
+    assert backends.why_not("cuda", "gelu", weight.view(-1)) == []
+    [reason] = backends.why_not("cuda", "layer_norm", x, weight)
+    assert reason == f"its rows have at most {cuda.WIDEST} elements, and these have {3 * cuda.WIDEST}"
 
 
 def test_without_a_gpu(forget_facts, monkeypatch):
