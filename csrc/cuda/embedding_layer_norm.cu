@@ -112,14 +112,25 @@ Tensor expanded(const Tensor& ids, const Tensor& input_ids) {
     return to<Tensor>(stack[0]);
 }
 
+// The dtype of the tables, or float32 where they have several.
+ScalarType common_dtype(const Tensor& word, const OptionalTensor& position,
+                        const OptionalTensor& token_type) {
+    ScalarType dtype = word.scalar_type();
+    for (const OptionalTensor* table : {&position, &token_type})
+        if (*table) dtype = promoted(dtype, (*table)->scalar_type());
+    return dtype;
+}
+
 // A table and its ids as the op is given them, with what the kernels' pointers point to.
 struct OwnedTable {
-    OptionalTensor table, ids;
+    OptionalTensor given, table, ids;
     bool aligned = true;
 
-    OwnedTable(const OptionalTensor& given, const OptionalTensor& given_ids, const Tensor& input_ids) {
+    OwnedTable(const OptionalTensor& given, const OptionalTensor& given_ids, const Tensor& input_ids,
+               ScalarType dtype)
+        : given(given) {
         if (!given) return;
-        table = dense(*given);
+        table = dense(cast(*given, dtype));
         aligned = at_16_bytes(table->data_ptr());
         ids = expanded(*given_ids, input_ids);
         if (ids->dim() > 2) ids = torch::stable::reshape(*ids, Sizes{-1, ids->size(ids->dim() - 1)});
@@ -138,7 +149,7 @@ struct OwnedTable {
     // Of the table that was given, or of no elements.
     Tensor gradient(const Tensor& dx, int64_t skipped) const {
         if (!table) return new_empty(dx, Sizes{0});
-        return table_gradient(dx, torch::stable::reshape(*ids, Sizes{-1}), *table, skipped);
+        return table_gradient(dx, torch::stable::reshape(*ids, Sizes{-1}), *given, skipped);
     }
 };
 
@@ -149,10 +160,11 @@ struct OwnedTables {
 
     OwnedTables(const Tensor& input_ids, const OptionalTensor& token_type_ids,
                 const OptionalTensor& position_ids, const Tensor& word_table,
-                const OptionalTensor& position_table, const OptionalTensor& token_type_table)
-        : word(word_table, input_ids, input_ids),
-          token_type(token_type_table, token_type_ids, input_ids),
-          position(position_table, position_ids, input_ids),
+                const OptionalTensor& position_table, const OptionalTensor& token_type_table,
+                ScalarType dtype)
+        : word(word_table, input_ids, input_ids, dtype),
+          token_type(token_type_table, token_type_ids, input_ids, dtype),
+          position(position_table, position_ids, input_ids, dtype),
           inner(input_ids.dim() > 0 ? input_ids.size(input_ids.dim() - 1) : 1),
           aligned(all_aligned(word, token_type, position)) {}
     template <class T>
@@ -167,17 +179,17 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
     const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& rng, double dropout_p,
     double eps) {
     const OnDevice device(word);
-    const ScalarType dtype = word.scalar_type();
+    const ScalarType dtype = common_dtype(word, position, token_type);
     const int64_t rows = input_ids.numel();
     const int cols = row_width(word.sizes().slice(1));
     Sizes shape = sizes_of(input_ids);
     shape.push_back(cols);
-    const Tensor out = new_empty(word, shape);
+    const Tensor out = new_empty(word, shape, dtype);
     const Tensor mean = new_empty(word, input_ids.sizes(), ScalarType::Float),
                  rstd = new_empty(mean, mean.sizes());
-    if (rows == 0) return {out, mean, rstd};
+    if (rows == 0) return {cast(out, word.scalar_type()), mean, rstd};
     if (cols == 0) return {out, filled(mean, NAN), filled(rstd, NAN)};
-    const OwnedTables tables(input_ids, token_type_ids, position_ids, word, position, token_type);
+    const OwnedTables tables(input_ids, token_type_ids, position_ids, word, position, token_type, dtype);
     const Matrix into(out, cols);
     const OwnedParameter w(weight, dtype), b(bias, dtype);
     const Mask mask(rng, dropout_p);
@@ -191,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
             tables.as<T>(), w, b, mask.dropout, into.rows<T>(), floats(mean), floats(rstd), rows, cols, eps,
             all_aligned(tables, into, w, b));
     });
-    return {out, mean, rstd};
+    return {cast(out, word.scalar_type()), mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
@@ -200,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
     const OptionalTensor& token_type, const Tensor& weight, const OptionalTensor& bias, const Tensor& mean,
     const Tensor& rstd, const OptionalTensor& rng, double dropout_p, int64_t padding_idx) {
     const OnDevice device(word);
-    const ScalarType dtype = word.scalar_type();
+    const ScalarType dtype = common_dtype(word, position, token_type);
     const int64_t rows = input_ids.numel();
     const int cols = row_width(word.sizes().slice(1));
     const Tensor dweight = gradient_of(weight, dout), dbias = gradient_of(bias, dout);
@@ -208,7 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
         return {filled(gradient_of(word, dout), 0.0), filled(gradient_of(position, dout), 0.0),
                 filled(gradient_of(token_type, dout), 0.0), filled(dweight, 0.0), filled(dbias, 0.0)};
     }
-    const OwnedTables tables(input_ids, token_type_ids, position_ids, word, position, token_type);
+    const OwnedTables tables(input_ids, token_type_ids, position_ids, word, position, token_type, dtype);
     const Tensor dx = new_empty(word, Sizes{rows, cols}, ScalarType::Float);
     const Matrix dy(cast(dout, dtype), cols), into(dx, cols);
     const OwnedParameter w(weight, dtype);

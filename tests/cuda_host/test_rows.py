@@ -1,0 +1,149 @@
+"""The kernels of csrc/cuda that work row by row, on the CPU: the tests of their ops, and what those do not ask."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+STEMS = ("bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm", "gelu", "layer_norm")
+
+
+def run_op_tests(stems, files, order="shuffled", sources=None, *arguments) -> subprocess.CompletedProcess:
+    """Runs tests/ops/test_<file>.py with the backend `cuda`, of which these stems are loaded."""
+    environment = {
+        **os.environ,
+        **({"CUDA_HOST_SOURCES": str(sources)} if sources else {}),
+        "CUDA_HOST_ORDER": order,
+        "CUDA_HOST_STEMS": " ".join(stems),
+        "PYTHONPATH": str(HERE),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", *arguments]
+    paths = [f"tests/ops/test_{file}.py" for file in files]
+    return subprocess.run(
+        [*command, *paths], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def assert_passed(done: subprocess.CompletedProcess, at_least: int) -> None:
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= at_least, done.stdout[-500:]
+
+
+def test_the_tests_of_the_ops(builder):
+    """Against float64 in every regime, layout and dtype, on sizes that are odd, empty and far past 32 bits."""
+    files = [*STEMS, "every_op_numerics", "every_op_layouts", "every_op_dropout"]
+    assert_passed(run_op_tests(STEMS, files, "shuffled", None, "-m", "not full"), 300)
+
+
+@pytest.mark.full
+def test_in_another_order(builder):
+    files = [*STEMS, "every_op_numerics", "every_op_layouts", "every_op_dropout"]
+    assert_passed(run_op_tests(STEMS, files, "descending"), 300)
+
+
+@pytest.mark.full
+def test_compiled_and_differentiated(builder):
+    files = ["linear", "every_op_autocast", "every_op_autograd", "every_op_compiled"]
+    assert_passed(run_op_tests(STEMS, files, "ascending"), 100)
+
+
+# Each is a mistake that is easily made: the stem to run, the file, what is right and what is wrong there.
+FAULTS = {
+    "a bound one too far": ("layer_norm", "vec.cuh", "i < count ? p[i]", "i <= count ? p[i]"),
+    "no barrier before a sum is read": (
+        "layer_norm",
+        "reduce.cuh",
+        "room[warp] = x;\n    __syncthreads();",
+        "room[warp] = x;",
+    ),
+    "no barrier between warps that add": (
+        "layer_norm",
+        "rows.cuh",
+        "if (L::ROWS > 1) __syncthreads();",
+        "",
+    ),
+    "one word for eight columns": ("dropout_add_layer_norm", "rows.cuh", "(col + i) / 4", "col / 4"),
+    "the last edge of a run": ("embedding_layer_norm", "table_gradient.cuh", "at < end;", "at < end - 1;"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(builder, fault, tmp_path):
+    stem, file, right, wrong = FAULTS[fault]
+    sources = tmp_path / "cuda"
+    shutil.copytree(ROOT / "csrc" / "cuda", sources)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    done = run_op_tests((stem,), [stem, "every_op_dropout"], "shuffled", sources, "-x")
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert re.search(r"\d+ failed", done.stdout), done.stdout[-2000:]
+
+
+# --- What the tests of the ops cannot ask ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cols", [96, 770, 1024, 1540])
+def test_the_same_bits_in_every_order(cuda_host, cols, monkeypatch):
+    """Sums over lanes, warps and blocks are made in one order, whichever of them comes first."""
+    ops = cuda_host("dropout_add_layer_norm")
+    g = torch.Generator().manual_seed(0)
+    dout, x, residual = (torch.randn(37, cols, generator=g).bfloat16() for _ in range(3))
+    weight, bias, rng = x[0], x[1], torch.tensor([2**62 + 5, 77])
+    results = []
+    for order in ("ascending", "descending", "shuffled"):
+        monkeypatch.setenv("CUDA_HOST_ORDER", order)
+        out, *kept = ops.dropout_add_layer_norm_fwd(x, residual, weight, bias, bias, rng, 0.1, 1e-5)
+        inputs = (kept[0], x, residual, weight, bias, bias, *kept[1:], rng, 0.1)
+        results.append((out, *ops.dropout_add_layer_norm_bwd(dout, None, *inputs)))
+    for others in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(results[0], others, strict=True))
+
+
+def test_ids_outside_of_their_table(cuda_host):
+    """A GPU is not asked whether ids are right: a wrong one spoils its own row, and reads and writes nothing."""
+    ops = cuda_host("embedding_layer_norm")
+    g = torch.Generator().manual_seed(0)
+    word, ones = torch.randn(5, 12, generator=g), torch.ones(12)
+    ids = torch.tensor([[0, 5, 2], [-1, 4, 2**40]])
+    bad = (ids < 0) | (ids >= 5)
+    inputs = (ids, None, None, word, None, None, ones, None)
+    out, mean, rstd = ops.embedding_layer_norm_fwd(*inputs, None, 0.0, 1e-5)
+    assert out[bad].isnan().all() and out[~bad].isfinite().all()
+    dword = ops.embedding_layer_norm_bwd(out.new_ones(out.shape), *inputs, mean, rstd, None, 0.0, -1)[0]
+    assert torch.equal(dword[[1, 3]], torch.zeros(2, 12)) and dword.isfinite().all()
+
+
+def test_an_entry_that_most_tokens_use(cuda_host):
+    """Its run goes over many chunks, and the tokens of others begin and end within them."""
+    ops = cuda_host("embedding_layer_norm")
+    g = torch.Generator().manual_seed(0)
+    ids = torch.where(torch.rand(700, generator=g) < 0.8, 3, torch.randint(9, (700,), generator=g))
+    word, weight = torch.randn(9, 20, generator=g), torch.randn(20, generator=g)
+    dout = torch.randn(700, 20, generator=g)
+    _, mean, rstd = ops.embedding_layer_norm_fwd(
+        ids, None, None, word, None, None, weight, None, None, 0.0, 1e-5
+    )
+    got = ops.embedding_layer_norm_bwd(
+        dout, ids, None, None, word, None, None, weight, None, mean, rstd, None, 0.0, 7
+    )[0]
+    leaf = word.double().requires_grad_()
+    out = torch.nn.functional.layer_norm(leaf[ids], (20,), weight.double())
+    (exact,) = torch.autograd.grad(out, leaf, dout.double())
+    exact[7] = 0.0
+    # Each element is a sum of at most 700 rounded terms.
+    assert (got - exact).abs().max() <= 700 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+def test_rows_that_are_too_wide(cuda_host):
+    x = torch.randn(2, 4, 4096)
+    with pytest.raises(RuntimeError, match="expected rows of at most 8192 elements, got 16384"):
+        cuda_host("layer_norm").layer_norm_fwd(x, [4, 4096], None, None, 1e-5)
