@@ -25,6 +25,7 @@ from torch import nn
 from . import record, timing
 from .bert_contenders import (
     BASELINE,
+    DTYPES,
     LENGTHS,
     SHAPES,
     Case,
@@ -35,7 +36,6 @@ from .bert_contenders import (
 )
 from .console import Progress, in_red, reason, table
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DROPOUT = 0.1
 Inputs = dict[str, torch.Tensor]
 

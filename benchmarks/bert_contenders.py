@@ -1,17 +1,12 @@
-"""What bench_bert compares: one BERT with the same weights, run in every way a user would try."""
+"""What bench_bert times: one BERT with the same weights for every contender, and batches as a tokenizer makes them."""
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-
-import pytorch_ext
 
 BASELINE = "eager"
 SHAPES = {
@@ -20,6 +15,7 @@ SHAPES = {
     "minilm": {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1536},
 }
 VOCABULARY = 30522
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Real tokens in each of 16 sequences of at most 256. "sorted" is what batching by length leaves.
 LENGTHS: dict[str, tuple[int, ...]] = {
@@ -109,132 +105,25 @@ def hugging_face(
     return model.to(case.device, dtype).train(case.training)
 
 
-class NestedEncoder(nn.Module):
-    """PyTorch's own removal of padding: nn.TransformerEncoder, which takes nested tensors in inference.
-
-    The embeddings are Hugging Face's; the layers hold copies of the same weights.
-    """
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        bert = hugging_face(case)
-        self.embeddings = bert.embeddings
-        layer = nn.TransformerEncoderLayer(
-            case.hidden,
-            case.heads,
-            case.intermediate,
-            dropout=0.0,
-            activation="gelu",
-            layer_norm_eps=bert.config.layer_norm_eps,
-            batch_first=True,
-            device=case.device,
-            dtype=case.dtype,
-        )
-        self.encoder = nn.TransformerEncoder(layer, case.layers, enable_nested_tensor=True).eval()
-        with torch.no_grad():
-            for mine, theirs in zip(self.encoder.layers, bert.encoder.layer, strict=True):
-                mine.load_state_dict(_as_torch_layer(theirs))
-
-    def forward(
-        self, input_ids: torch.Tensor, token_type_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        embedded = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*nested tensors is in prototype stage.*")
-            return self.encoder(embedded, src_key_padding_mask=attention_mask == 0)
-
-
-def _as_torch_layer(layer: Any) -> dict[str, torch.Tensor]:
-    """A BertLayer's weights under the names of nn.TransformerEncoderLayer."""
-    attention = layer.attention.self
-    projections = (attention.query, attention.key, attention.value)
-    named = {
-        "self_attn.out_proj": layer.attention.output.dense,
-        "norm1": layer.attention.output.LayerNorm,
-        "linear1": layer.intermediate.dense,
-        "linear2": layer.output.dense,
-        "norm2": layer.output.LayerNorm,
-    }
-    state = {
-        f"{name}.{part}": getattr(module, part)
-        for name, module in named.items()
-        for part in ("weight", "bias")
-    }
-    state["self_attn.in_proj_weight"] = torch.cat([projection.weight for projection in projections])
-    state["self_attn.in_proj_bias"] = torch.cat([projection.bias for projection in projections])
-    return state
-
-
-class OpenVino(nn.Module):
-    """Hugging Face's BERT converted to OpenVINO, with dynamic batch and length, as its users run it."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        import openvino
-
-        bert = hugging_face(case, dtype=torch.float32)
-        example = case.inputs()
-        bert.config.return_dict = False
-        shapes = [(name, openvino.PartialShape([-1, -1])) for name in example]
-        # SDPA as one node of the graph is what its compiler fuses.
-        graph = openvino.convert_model(bert, example_input=example, input=shapes)
-        precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[case.dtype]
-        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        settings |= {"NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-        self.request = openvino.compile_model(graph, "CPU", settings).create_infer_request()
-
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        found = self.request.infer({name: t.numpy() for name, t in inputs.items()}, share_inputs=True)
-        return torch.from_numpy(found[0])
-
-
 Builder = Callable[[Case, float], nn.Module]
 
 
 def contenders(case: Case) -> dict[str, tuple[str, Builder]]:
-    """Name -> (what it is, how it is built for a dropout probability). The first is the baseline."""
-    found: dict[str, tuple[str, Builder]] = {
-        BASELINE: ("Hugging Face default (SDPA attention)", lambda c, p: hugging_face(c, dropout=p)),
-        "eager-attention": (
-            "Hugging Face, attn_implementation='eager'",
-            lambda c, p: hugging_face(c, attention="eager", dropout=p),
-        ),
-        "compile": (
-            "torch.compile of the default, mode='default'",
-            lambda c, p: torch.compile(hugging_face(c, dropout=p)),
-        ),
-        "max-autotune": (
-            "torch.compile of the default, mode='max-autotune'",
-            lambda c, p: torch.compile(hugging_face(c, dropout=p), mode="max-autotune"),
-        ),
-    }
-    if not case.training:
-        found["nested"] = ("nn.TransformerEncoder, nested-tensor fast path", lambda c, p: NestedEncoder(c))
-        if case.device == "cpu" and importlib.util.find_spec("openvino"):
-            found["openvino"] = ("OpenVINO, converted from the default", lambda c, p: OpenVino(c))
-    backends = pytorch_ext.backends.available()
-    for backend in backends:
-        found[backend] = (f"pytorch_ext.optimize(backend={backend!r})", _ours(backend))
-        if case.fill != "100":
-            # What the kernels gain without the removal of padding.
-            found[f"{backend}-padded"] = (
-                f"pytorch_ext.optimize(backend={backend!r}, remove_padding=False)",
-                _ours(backend, remove_padding=False),
-            )
-    if len(set(backends) - {"reference", "native"}) > 0:
-        found["auto"] = ("pytorch_ext.optimize()", _ours(None))
-    return found
+    """Those that can run it. Name -> (what it is, how it is built for a dropout probability); the baseline is first."""
+    from .contenders import everyone
+
+    return {one.name: (one.what, one.build) for one in everyone() if not one.why_not(case)}
 
 
-def _ours(backend: str | None, remove_padding: str | bool = "auto") -> Builder:
-    def build(case: Case, dropout: float) -> nn.Module:
-        model = hugging_face(case, dropout=dropout)
-        return pytorch_ext.optimize(model, backend=backend, remove_padding=remove_padding)
+def left_out(case: Case) -> dict[str, str]:
+    """Those that cannot run it, and why not."""
+    from .contenders import everyone
 
-    return build
+    return {one.name: why for one in everyone() if (why := one.why_not(case))}
 
 
 def default_names(case: Case) -> list[str]:
     """All but the ones that are asked for by name: the reference, and what takes minutes to compile."""
-    unasked = {"max-autotune", "reference", "reference-padded", "native-padded"}
-    return [name for name in contenders(case) if name not in unasked]
+    from .contenders import everyone
+
+    return [one.name for one in everyone() if one.usual and not one.why_not(case)]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("onnxruntime")
 
 from pytorch_ext.benchmarks import bench_bert, bert_contenders, timing
+from pytorch_ext.benchmarks.contenders import onnx_runtime, torch_nested
 
 SMALL = ["--hidden", "32", "--layers", "1", "--heads", "2", "--intermediate", "64"]
 SMALL += ["--batch", "4", "--seq", "16", "--pairs", "2", "--no-compile", "--device", "cpu"]
@@ -52,7 +54,7 @@ def test_the_nested_contender_computes_the_same():
     mask = inputs["attention_mask"].bool()
     with torch.no_grad():
         want = bert_contenders.hugging_face(case())(**inputs).last_hidden_state[mask]
-        got = bert_contenders.NestedEncoder(case())(**inputs)[mask]
+        got = torch_nested.NestedEncoder(case())(**inputs)[mask]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
@@ -145,3 +147,23 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
         bench_bert.main(arguments)
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_onnx_runtime_fuses_attention_and_agrees():
+    model = onnx_runtime.OnnxRuntime(case(layers=2))
+    assert model.fused["Attention"] == 2
+    assert model.fused["SkipLayerNormalization"] == 4
+    inputs = case().inputs()
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        want = bert_contenders.hugging_face(case(layers=2))(**inputs).last_hidden_state[mask]
+    torch.testing.assert_close(model(**inputs)[mask], want, rtol=1e-4, atol=1e-5)
+
+
+def test_who_cannot_run_is_left_out_with_a_reason():
+    training = case(mode="train")
+    assert bert_contenders.left_out(training)["onnxruntime"] == "it does not train"
+    assert bert_contenders.left_out(case())["sdpa-cudnn"] == "it runs on cuda alone"
+    assert bert_contenders.left_out(case(dtype=torch.bfloat16))["onnxruntime"].startswith("it computes fp32")
+    assert bert_contenders.left_out(case(fill="100"))["cpu-padded"]
+    assert next(iter(bert_contenders.contenders(case()))) == "eager"
