@@ -75,6 +75,14 @@ $(bin)/python:
 demo: env ## make a pretrained encoder faster, check its outputs, time it, draw the picture
 	@$(bin)/python -m pytorch_ext demo
 
+bench: env ## time ops and models against their peers, in under five minutes: table, record, page (ARGS="--suite full")
+	@$(bin)/python -m pytorch_ext bench $(ARGS)
+
+# Not through `env`: such a machine may have no network, and its own torch with CUDA.
+gpu: ## on a machine with a GPU: STAGE=test|sanitize|tune|bench-ops|bench-bert|all, OUT=folder, DRY=1 shows the plan
+	@$(if $(filter file,$(origin VENV)),python3,$(bin)/python) benchmarks/gpu_stages.py $(or $(STAGE),all) \
+	    --out $(or $(OUT),gpu-output) $(if $(DRY),--dry)
+
 test: env ## the tests that this machine can run, in at most 10 minutes
 	@$(call run_tests,not full)
 	@echo 'Left out: tests marked full (make test-full)$(left_out).'
@@ -91,7 +99,7 @@ lint: env ## ruff, and clang-format on csrc
 	@printf '%s\n' $(filter %.h %.cpp %.cuh %.cu,$(compiled)) | xargs -r $(bin)/clang-format --dry-run -Werror
 
 clean: ## remove what builds and runs leave; the environment stays, and is installed anew at its next use
-	rm -rf build dist *.egg-info demo-output .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info demo-output bench-output gpu-output .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f pytorch_ext/*.so $(stamp)
 	find . -path './.*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,9 +39,13 @@ class Progress:
 
 
 class Bar:
-    """Progress over a known number of parts, drawn by rich on a terminal; else one line for each part."""
+    """Progress over a known number of parts, drawn by rich on a terminal; else one line for each part.
 
-    def __init__(self, total: int) -> None:
+    With `seconds`, about what each part takes, it says how much time is left, by what the parts so far took.
+    """
+
+    def __init__(self, total: int, seconds: Sequence[float] | None = None) -> None:
+        self._seconds, self._begin = seconds, time.monotonic()
         self._drawn = None
         self._label, self._parts = "", -1
         if sys.stderr.isatty():
@@ -58,12 +63,21 @@ class Bar:
 
     def start(self, label: str) -> None:
         """The next part begins."""
-        self._label, self._parts = label, self._parts + 1
+        self._label, self._parts = label + self._left(self._parts + 1), self._parts + 1
+        label = self._label
         if self._drawn:
             self._drawn.update(self._drawn.task_ids[0], completed=self._parts, label=label)
             self._drawn.refresh()
         else:
             print(f"... {label}", file=sys.stderr, flush=True)
+
+    def _left(self, done: int) -> str:
+        if self._seconds is None:
+            return ""
+        expected, left = sum(self._seconds[:done]), sum(self._seconds[done:])
+        if expected:
+            left *= (time.monotonic() - self._begin) / expected
+        return f" (about {left // 60:.0f}:{left % 60:02.0f} left)"
 
     def step(self, what: str) -> None:
         """What the part is at."""

@@ -31,7 +31,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "pytorch-ext", "triton", "openvino")},
+            **{
+                name: version(name) for name in ("torch", "transformers", "pytorch-ext", "triton", "openvino")
+            },
             "cuda": torch.version.cuda if on_gpu else None,
         },
         "commit": commit(),

@@ -1,0 +1,58 @@
+"""The table at the end of a run, and the one of a comparison."""
+
+from __future__ import annotations
+
+from .console import in_red, table
+from .runs import Change, Run, Series
+
+
+def as_text(run: Run) -> str:
+    """Each case with its contenders, then who disagreed, then who was left out and why."""
+    parts = [header(run), ""]
+    if run.series:
+        columns = ["", "ms", "speed-up", "quartiles", "rounds"]
+        body: list[list[str]] = []
+        for group in dict.fromkeys(one.group for one in run.series):
+            body.append([group, "", "", "", ""])
+            body += [_row(one) for one in run.series if one.group == group]
+        parts += [table(columns, body), ""]
+    if run.memory:
+        body = [[f"{one['case']}: {one['contender']}", f"{one['bytes'] / 1e6:,.0f} MB"] for one in run.memory]
+        parts += [table(["peak memory of a call", ""], body), ""]
+    parts += [in_red(sentence) for sentence in run.red]
+    parts += [*run.notes, "A speed-up is the median over pairs of the baseline's time by the contender's."]
+    return "\n".join(parts)
+
+
+def header(run: Run) -> str:
+    """The machine, the versions and the commit in one line."""
+    found = run.environment
+    threads = f", {found['threads']} threads" if found["device_type"] == "cpu" else ""
+    versions = ", ".join(f"{name} {value}" for name, value in found["versions"].items() if value)
+    return f"{found['device']}{threads}; {versions}; commit {found['commit']}; {found['date'][:10]}"
+
+
+def _row(one: Series) -> list[str]:
+    ratio = one.speedup
+    cells = [f"{ratio['median']:.2f} x", f"{ratio['low']:.2f}-{ratio['high']:.2f}"] if ratio else ["", ""]
+    return [f"  {one.contender}", f"{one.median * 1e3:,.3f}", *cells, str(len(one.seconds))]
+
+
+def of_changes(found: list[Change]) -> str:
+    """What became slower in red; below, how many stayed within their bands."""
+    outside = [one for one in found if one.verdict]
+    red = frozenset(place for place, one in enumerate(outside) if one.verdict == "slower")
+    body = [
+        [
+            one.name,
+            f"{one.old * 1e3:,.3f}",
+            f"{one.new * 1e3:,.3f}",
+            f"{one.ratio:.2f} x",
+            f"{one.band:.0%}",
+            one.verdict,
+        ]
+        for one in outside
+    ]
+    lines = [table(["", "old ms", "new ms", "new / old", "band", ""], body, red)] if body else []
+    within = len(found) - len(outside)
+    return "\n".join([*lines, f"{within} of {len(found)} series within their noise"])

@@ -1,0 +1,103 @@
+"""``pytorch-ext bench``, and ``pytorch-ext bench compare``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import BAD_INPUT, INTERRUPTED
+
+bench = typer.Typer(invoke_without_command=True, help="Time ops and whole models, each compared first.")
+
+
+@bench.callback()
+def run(
+    context: typer.Context,
+    suite: Annotated[
+        str, typer.Option(help="quick, ops, bert, train, first-call, memory or full.")
+    ] = "quick",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    filter: Annotated[str, typer.Option(metavar="TEXT", help="Only parts whose label contains it.")] = "",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")] = Path("bench-output"),
+) -> None:
+    """Time ops and whole models against eager PyTorch, torch.compile and other engines.
+
+    Everything is compared before it is timed: what disagrees gets a red line and no time, and the status is 1. The
+    record (JSON of pytest-benchmark), the page and its pictures go into --out.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    import torch
+
+    from ..benchmarks import suites
+    from ..benchmarks.bert_contenders import DTYPES
+
+    for name, value, known in (
+        ("suite", suite, suites.SUITES),
+        ("dtype", dtype, DTYPES),
+        ("device", device, ("cpu", "cuda")),
+    ):
+        if value not in known:
+            _refuse(f"--{name} must be one of {', '.join(known)}, not {value!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        _refuse("--device cuda: there is no CUDA device that PyTorch can use")
+    options = suites.Options(suite, device, dtype, filter)
+    if not suites.parts(options):
+        _refuse(f"--filter {filter!r}: no part of the suite {suite} has it in its label")
+    try:
+        sys.exit(_run(options, out))
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def _run(options, out: Path) -> int:
+    from ..benchmarks import page, runs, suite_table, suites
+
+    found = suites.run(options)
+    typer.echo(suite_table.as_text(found))
+    record = runs.save(found, out / f"{options.suite}-{options.dtype}.json")
+    typer.echo(f"\nrecord: {record}\npage: {page.write(found, out)}")
+    return 1 if found.red else 0
+
+
+@bench.command()
+def compare(
+    old: Annotated[list[Path], typer.Argument(help="OLD NEW: two records, or two folders of repeated runs.")],
+) -> None:
+    """Say what became slower from OLD to NEW beyond its noise; the status is 1 if anything did.
+
+    The noise is the spread of repeated runs where a folder holds several, else of the rounds of the one run.
+    """
+    from ..benchmarks import runs, suite_table
+
+    if len(old) != 2:
+        _refuse(f"compare takes two records or folders, OLD and NEW, not {len(old)}")
+    try:
+        sides = [[runs.load(file) for file in _records(path)] for path in old]
+    except runs.RecordError as error:
+        _refuse(str(error))
+    machines = {(run.environment["device"], run.environment.get("threads")) for side in sides for run in side}
+    if len(machines) > 1:
+        _refuse(f"the records are of different machines: {'; '.join(sorted(map(str, machines)))}")
+    found = runs.changes(*sides)
+    if not found:
+        _refuse("the two sides have no series in common")
+    typer.echo(suite_table.of_changes(found))
+    sys.exit(1 if any(one.verdict == "slower" for one in found) else 0)
+
+
+def _records(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        _refuse(f"{path} holds no record")
+    return files
+
+
+def _refuse(sentence: str) -> None:
+    typer.echo(f"error: {sentence}", err=True)
+    sys.exit(BAD_INPUT)

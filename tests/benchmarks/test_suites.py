@@ -1,0 +1,172 @@
+"""The suite: a run on tiny shapes, its record as pytest-benchmark reads it, its page, and regressions in records."""
+
+import json
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("matplotlib")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from pytorch_ext.benchmarks import bench_gelu, bert_contenders, op_limits, page, record, replay, runs, suites
+from pytorch_ext.commands.bench import bench
+
+TINY = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 64}
+NAMES = ("eager", "native", "native-padded")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two parts of a second: one op, and one BERT."""
+    monkeypatch.setattr(bench_gelu, "QUICK_FEATURES", (24,))
+    monkeypatch.setattr(bench_gelu, "QUICK_TOKENS", (7,))
+    monkeypatch.setattr(suites, "OPS", (bench_gelu,))
+    monkeypatch.setattr(op_limits, "COPY_BYTES", {"cpu": 1 << 12})
+    monkeypatch.setattr(op_limits, "LARGEST_PRODUCT", {"cpu": 256})
+    arguments = suites.op_bench.arguments
+    words = ["--no-compile", "--backends", "native", "--rounds", "3"]
+    monkeypatch.setattr(
+        suites.op_bench, "arguments", lambda name, about, more: arguments(name, about, more + words)
+    )
+    monkeypatch.setattr(suites, "_berts", lambda options, quick: [bert(fill) for fill in ("27", "60")])
+    monkeypatch.setattr(suites, "_trainings", lambda options, quick: [])
+
+
+def bert(fill, names=NAMES):
+    case = bert_contenders.Case(
+        **TINY, batch=4, seq=16, fill=fill, dtype=torch.float32, mode="infer", device="cpu"
+    )
+    return suites._bert(case, list(names), 3, 1.0)
+
+
+def test_a_run_leaves_a_table_a_record_and_a_page(tiny, tmp_path):
+    done = CliRunner().invoke(bench, ["--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "bert: BERT 32 x 1, 4 x 16, 27 %, fp32" in done.output
+    raw = json.loads((tmp_path / "quick-fp32.json").read_text())
+    by_name = {one["name"]: one for one in raw["benchmarks"]}
+    native = by_name["test_measured[bert: BERT 32 x 1, 4 x 16, 27 %, fp32: native]"]
+    assert native["stats"]["rounds"] == 3
+    assert native["stats"]["median"] == pytest.approx(sorted(native["stats"]["data"])[1])
+    run = runs.load(tmp_path / "quick-fp32.json")
+    assert {one.suite for one in run.series} == {"ops", "bert"}
+    assert run.environment["versions"]["torch"] == torch.__version__
+    text = (tmp_path / "index.html").read_text()
+    assert text.count("data:image/png;base64,") >= 3
+    assert "src=" not in text.replace('src="data:', "")  # self-contained
+    assert run.environment["how_timed"].partition(";")[0] in text
+    assert {file.stem for file in tmp_path.glob("*.png")} >= {"speedups", "roofline", "fill"}
+
+
+def test_a_wrong_kernel_gets_a_red_line_and_no_time(tiny, monkeypatch, tmp_path):
+    genuine = bert_contenders.contenders
+
+    def with_a_wrong_one(case):
+        def build(case, dropout):
+            model = bert_contenders.hugging_face(case)
+            with torch.no_grad():
+                model.encoder.layer[0].output.dense.bias[3] += 0.01
+            return model
+
+        return {**genuine(case), "wrong": ("one bias is off", build)}
+
+    monkeypatch.setattr(suites.bench_bert, "contenders", with_a_wrong_one)
+    monkeypatch.setattr(suites, "_berts", lambda options, quick: [bert("27", (*NAMES, "wrong"))])
+    done = CliRunner().invoke(bench, ["--out", str(tmp_path), "--filter", "bert"])
+    assert done.exit_code == 1
+    assert "wrong DISAGREES" in done.output and "no time is shown" in done.output
+    run = runs.load(tmp_path / "quick-fp32.json")
+    assert {one.contender for one in run.series} == set(NAMES)
+    assert 'class="red">bert: BERT' in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--suite", "fast"], "--suite must be one of quick, ops"),
+        (["--dtype", "fp8"], "--dtype must be one of fp32"),
+        (["--filter", "nothing"], "no part of the suite quick"),
+        (["compare", "/no/such/old.json", "/no/such/new.json"], "is no record"),
+        (["compare", "one.json"], "takes two records"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, sentence):
+    done = CliRunner().invoke(bench, words)
+    assert done.exit_code == 2
+    assert sentence in done.output
+
+
+# --- Records --------------------------------------------------------------------------------------
+
+
+def synthetic(seed, slower=1.0, noise=0.02, names=("eager", "native", "cpu")):
+    """A run with times drawn around a median of each contender; `cpu` is `slower` times as slow."""
+    draw = random.Random(seed)
+    run = runs.Run("quick", record.environment())
+    for place, name in enumerate(names):
+        median = (place + 1) * 1e-3 * (slower if name == "cpu" else 1.0)
+        seconds = [median * draw.gauss(1.0, noise) for _ in range(15)]
+        run.series.append(runs.Series("bert", "a case", "fp32", name, seconds))
+    return run
+
+
+def test_the_clock_gives_pytest_benchmark_the_measured_times(tmp_path):
+    run = synthetic(0)
+    run.notes.append("left out: somebody: not here")
+    again = runs.load(runs.save(run, tmp_path / "record.json"))
+    assert again == run
+    ticking = replay.Clock([0.25, 0.5])
+    assert [ticking() for _ in range(4)] == [0.0, 0.25, 0.0, 0.5]
+
+
+def test_records_that_are_there_are_read():
+    files = sorted(suites.op_bench.op_report.RESULTS.glob("*/be*.json"))
+    found = [runs.load(file) for file in files if "families" not in file.name]
+    assert len(found) >= 12
+    for run in found:
+        assert run.series and all(one.median > 0 for one in run.series)
+        assert page.speedups(run) is not None
+
+
+def verdicts(old, new):
+    return {one.name.rpartition(" ")[2]: one.verdict for one in runs.changes(old, new)}
+
+
+def test_noise_is_no_regression():
+    for seed in range(20):
+        assert set(verdicts([synthetic(seed)], [synthetic(seed + 100)]).values()) == {""}
+
+
+def test_a_regression_is_caught_and_an_improvement_named():
+    for seed in range(20):
+        assert verdicts([synthetic(seed)], [synthetic(seed + 100, 1.25)]) == {
+            "eager": "",
+            "native": "",
+            "cpu": "slower",
+        }
+        assert verdicts([synthetic(seed)], [synthetic(seed + 100, 0.7)])["cpu"] == "faster"
+
+
+def test_repeated_runs_widen_the_band():
+    """One run repeats itself within 2 %, but the next one lies 15 % apart: that much is noise on this machine."""
+    old = [synthetic(seed, slower) for seed, slower in enumerate((1.0, 1.15, 1.07))]
+    assert verdicts(old, [synthetic(9, 1.2)])["cpu"] == ""
+    assert verdicts(old, [synthetic(9, 1.5)])["cpu"] == "slower"
+
+
+def test_compare_ends_with_the_status_of_a_gate(tmp_path):
+    for name, slower in (("old", 1.0), ("same", 1.0), ("slow", 1.4)):
+        runs.save(synthetic(len(name), slower), tmp_path / f"{name}.json")
+
+    def invoke(new):
+        return CliRunner().invoke(bench, ["compare", str(tmp_path / "old.json"), str(tmp_path / new)])
+
+    assert invoke("same.json").exit_code == 0
+    done = invoke("slow.json")
+    assert done.exit_code == 1
+    assert "slower" in done.output and "2 of 3 series within their noise" in done.output
