@@ -11,6 +11,7 @@ as compute-sanitizer, is a line too. Logs, records and pages are in one archive 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ class Step:
     seconds: int
     environment: dict[str, str] = field(default_factory=dict)
     needs: str | None = None  # a program on PATH
+    after_failure_of: str = ""  # runs only if that step failed
 
 
 def plan(stage: str, out: Path, device: str = "cuda") -> list[Step]:
@@ -48,6 +50,13 @@ def plan(stage: str, out: Path, device: str = "cuda") -> list[Step]:
         (python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."),
         150,
         {"PYTORCH_EXT_CUDA": "1" if device == "cuda" else "0", "PIP_BREAK_SYSTEM_PACKAGES": "1"},
+    )
+    # Without `_cuda` there is still what Triton and the removal of padding do.
+    rest = dataclasses.replace(
+        build,
+        name="build, no _cuda",
+        environment={**build.environment, "PYTORCH_EXT_CUDA": "0"},
+        after_failure_of="build",
     )
     test = (python, "-m", "pytest", "-q", "-m", "gpu and not interpreter")
     bench = (python, "-m", "pytorch_ext", "bench", "--device", device)
@@ -90,14 +99,14 @@ def plan(stage: str, out: Path, device: str = "cuda") -> list[Step]:
         ],
     }
     names = list(stages) if stage == "all" else [stage]
-    return [build, *(step for name in names for step in stages[name])]
+    return [build, rest, *(step for name in names for step in stages[name])]
 
 
 def run(step: Step, logs: Path) -> tuple[str, float]:
     """What became of a step, and its seconds."""
     if step.needs and shutil.which(step.needs) is None:
         return f"left out: {step.needs} is not on PATH", 0.0
-    log, start = logs / f"{step.name.replace(' ', '-')}.log", time.monotonic()
+    log, start = logs / f"{step.name.replace(' ', '-').replace(',', '')}.log", time.monotonic()
     with log.open("wb") as file:
         try:
             environment = {**os.environ, **step.environment}
@@ -121,6 +130,10 @@ def run(step: Step, logs: Path) -> tuple[str, float]:
     return f"{status}; {last.strip()[:100]}", time.monotonic() - start
 
 
+def failed(name: str, rows: list[tuple[str, str, float]]) -> bool:
+    return any(row == name and status.startswith(("FAILED", "STOPPED")) for row, status, _ in rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run or show a stage; 1 when a step failed."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
@@ -140,8 +153,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[tuple[str, str, float]] = []
     for step in steps:
+        if step.after_failure_of and not failed(step.after_failure_of, rows):
+            continue
         print(f"... {step.name}", file=sys.stderr, flush=True)
         rows.append((step.name, *run(step, logs)))
     table = "\n".join(f"{name:20} {seconds:6.0f} s  {status}" for name, status, seconds in rows)
@@ -151,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             if file.is_file() and file.suffix != ".gz":
                 archive.add(file, file.relative_to(out))
     print(table)
-    return 1 if any("FAILED" in status or "STOPPED" in status for _, status, _ in rows) else 0
+    return 1 if any(failed(name, rows) for name, _, _ in rows) else 0
 
 
 if __name__ == "__main__":
