@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 
+from pytorch_ext import backends
+
 from . import (
     bench_attention,
     bench_bert,
     bench_gelu,
     bench_layer_norm,
     bench_linear,
+    gpu_timing,
     op_bench,
     record,
     timing,
@@ -134,6 +137,43 @@ def _op(
             case=f"{case.name} {case.shape}, {mode}",
             dtype=dtype,
         )
+    if chosen.device == "cuda" and "no grad" in result.timings:
+        _on_device(case, result, dtype, gpu_timing.Gpu(), chosen.rounds, found)
+
+
+def _on_device(
+    case: op_bench.Case, result: op_bench.Result, dtype: str, gpu: Any, rounds: int, found: Run
+) -> None:
+    """By the GPU's clock: a forward without gradients, of those that agreed."""
+    generator = torch.Generator().manual_seed(0)
+    copies = []
+    for _ in range(gpu_timing.COPIES):
+        made = case.make(generator)
+        kind = DTYPES[dtype]
+        copies.append(
+            {key: t.to(gpu.device, kind if t.is_floating_point() else None) for key, t in made.items()}
+        )
+
+    def call_of(one: op_bench.Contender) -> gpu_timing.Call:
+        def call(copy: int) -> object:
+            with torch.no_grad(), backends.use(one.backend or "auto"):
+                return one.timed(**copies[copy])
+
+        return call
+
+    calls = {one.name: call_of(one) for one in result.contenders if one.ready}
+    cost = case.cost("no grad", DTYPES[dtype])
+    told = {"bytes": cost.bytes, "flops": cost.flops, "timed": "CUDA events"}
+    facts = dict.fromkeys(calls, told)
+    where = f"{case.name} {case.shape}, no grad"
+    for how in (gpu_timing.COLD, gpu_timing.WARM, gpu_timing.GRAPH):
+        try:
+            timings = gpu_timing.measure(calls, how, rounds=min(rounds, 50), gpu=gpu)
+        except RuntimeError as error:  # something that a graph cannot hold
+            found.note(f"left out: {where}, {how}: {reason(error)}")
+            continue
+        ours = {one.name for one in result.contenders if one.backend}
+        found.add(timings, op_bench.EAGER, ours, facts, suite="ops", case=f"{where}, {how}", dtype=dtype)
 
 
 # --- A whole BERT ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -64,6 +65,7 @@ def _export(case: Case, file: Path) -> None:
 
     inputs = case.inputs()
     shapes = {name: {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")} for name in inputs}
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -170,3 +170,37 @@ def test_compare_ends_with_the_status_of_a_gate(tmp_path):
     done = invoke("slow.json")
     assert done.exit_code == 1
     assert "slower" in done.output and "2 of 3 series within their noise" in done.output
+
+
+def test_on_a_gpu_each_op_has_its_kernels_timed_apart(tiny):
+    """With a device whose clock is its own, on CPU tensors: cold, warm, and what cannot be captured is a note."""
+
+    class Fake:
+        device, now = "cpu", 0.0
+
+        def event(self):
+            return Event()
+
+        def captured(self, call):
+            raise RuntimeError("no graph here")
+
+        flush = stall = synchronize = lambda self: None
+
+    class Event:
+        def record(self):
+            Fake.now += 1.0
+            self.at = Fake.now
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    found = runs.Run("ops", {})
+    case = bench_gelu.gelu(7, 24)
+    fields = suites.op_bench.contenders(case, ["native"], False, {})
+    result = suites.op_bench.Result(case, "fp32", fields)
+    suites._on_device(case, result, "fp32", Fake(), 4, found)
+    assert [(one.case.rpartition(", ")[2], one.contender) for one in found.series] == [
+        (how, name) for how in ("cold L2", "warm L2") for name in ("eager", "native")
+    ]
+    assert all(one.seconds == [1e-3] * 4 for one in found.series)
+    assert found.notes == ["left out: gelu 7 x 24, no grad, CUDA graph: RuntimeError: no graph here"]
