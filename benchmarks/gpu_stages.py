@@ -84,7 +84,17 @@ def plan(stage: str, out: Path, device: str = "cuda") -> list[Step]:
         "bench-ops": [
             Step(
                 f"ops {dtype}",
-                (*bench, "--suite", "ops", "--dtype", dtype, "--out", str(out / f"ops-{dtype}")),
+                (
+                    *bench,
+                    "--suite",
+                    "ops",
+                    "--seconds",
+                    "160",
+                    "--dtype",
+                    dtype,
+                    "--out",
+                    str(out / f"ops-{dtype}"),
+                ),
                 190,
             )
             for dtype in ("bf16", "fp32")
@@ -92,7 +102,17 @@ def plan(stage: str, out: Path, device: str = "cuda") -> list[Step]:
         "bench-bert": [
             Step(
                 f"{suite} bf16",
-                (*bench, "--suite", suite, "--dtype", "bf16", "--out", str(out / suite)),
+                (
+                    *bench,
+                    "--suite",
+                    suite,
+                    "--seconds",
+                    str(seconds - 40),
+                    "--dtype",
+                    "bf16",
+                    "--out",
+                    str(out / suite),
+                ),
                 seconds,
             )
             for suite, seconds in (("bert", 250), ("train", 130))

@@ -22,6 +22,9 @@ def run(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     filter: Annotated[str, typer.Option(metavar="TEXT", help="Only parts whose label contains it.")] = "",
+    seconds: Annotated[
+        float | None, typer.Option(help="Leave out the parts that would not fit into this time.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")] = Path("bench-output"),
 ) -> None:
     """Time ops and whole models against eager PyTorch, torch.compile and other engines.
@@ -45,7 +48,7 @@ def run(
             _refuse(f"--{name} must be one of {', '.join(known)}, not {value!r}")
     if device == "cuda" and not torch.cuda.is_available():
         _refuse("--device cuda: there is no CUDA device that PyTorch can use")
-    options = suites.Options(suite, device, dtype, filter)
+    options = suites.Options(suite, device, dtype, filter, seconds)
     if not suites.parts(options):
         _refuse(f"--filter {filter!r}: no part of the suite {suite} has it in its label")
     try:
@@ -58,9 +61,10 @@ def run(
 def _run(options, out: Path) -> int:
     from ..benchmarks import page, runs, suite_table, suites
 
-    found = suites.run(options)
+    file = out / f"{options.suite}-{options.dtype}.json"
+    found = suites.run(options, lambda until_now: runs.save(until_now, file))
     typer.echo(suite_table.as_text(found))
-    record = runs.save(found, out / f"{options.suite}-{options.dtype}.json")
+    record = runs.save(found, file)
     typer.echo(f"\nrecord: {record}\npage: {page.write(found, out)}")
     return 1 if found.red else 0
 

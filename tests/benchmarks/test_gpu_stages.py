@@ -28,7 +28,7 @@ def test_make_shows_the_plan_anywhere(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("build (at most")
-    assert "-m pytorch_ext bench --device cuda --suite bert --dtype bf16" in done.stdout
+    assert "-m pytorch_ext bench --device cuda --suite bert --seconds 210 --dtype bf16" in done.stdout
     assert not (tmp_path / "out").exists()
 
 

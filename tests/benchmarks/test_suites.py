@@ -1,5 +1,6 @@
 """The suite: a run on tiny shapes, its record as pytest-benchmark reads it, its page, and regressions in records."""
 
+import contextlib
 import json
 import random
 
@@ -83,6 +84,31 @@ def test_a_wrong_kernel_gets_a_red_line_and_no_time(tiny, monkeypatch, tmp_path)
     run = runs.load(tmp_path / "quick-fp32.json")
     assert {one.contender for one in run.series} == set(NAMES)
     assert 'class="red">bert: BERT' in (tmp_path / "index.html").read_text()
+
+
+def test_what_does_not_fit_is_left_out_and_what_is_done_is_kept(monkeypatch):
+    clock = iter([0.0, 0.0, 10.0, 40.0])  # the start, and before each part
+    monkeypatch.setattr(suites.time, "monotonic", lambda: next(clock, 40.0))
+    done, kept = [], []
+    wanted = {"one": 5.0, "two": 5.0, "long": 50.0}
+    made = [
+        suites.Part(name, seconds, lambda *_, name=name: done.append(name))
+        for name, seconds in wanted.items()
+    ]
+    monkeypatch.setattr(suites, "parts", lambda options: made)
+    monkeypatch.setattr(suites, "Bar", lambda *_: Silent())
+    found = suites.run(suites.Options(seconds=60.0), lambda run: kept.append(list(done)))
+    assert done == ["one", "two"]
+    assert kept == [["one"], ["one", "two"]]
+    assert found.notes == ["left out: long: no time left of 60 s"]
+
+
+class Silent(contextlib.nullcontext):
+    def __enter__(self):
+        return self
+
+    def start(self, label):
+        pass
 
 
 @pytest.mark.parametrize(
