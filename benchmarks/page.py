@@ -122,6 +122,7 @@ def roofline(run: Run) -> Any:
     copy = max(one.facts["copy_rate"] for one in points)
     products = [one.facts["product_rate"] for one in points if one.facts["product_rate"]]
     figure, axes = _axes(9, 5)
+    axes.set(xscale="log", yscale="log")  # before anything is drawn: limits of linear axes reach below zero
     names = list(dict.fromkeys(one.contender for one in points))
     for name in names:
         own = [one for one in points if one.contender == name]
@@ -135,9 +136,7 @@ def roofline(run: Run) -> Any:
     if products:
         axes.axhline(max(products) / 1e9, color=INK, lw=1, ls=(0, (4, 3)), label="torch.mm")
         axes.set_ylim(top=max(products) / 1e9 * 4)
-    axes.set(
-        xscale="log", yscale="log", xlabel="operations per byte", ylabel="billions of operations per second"
-    )
+    axes.set(xlabel="operations per byte", ylabel="billions of operations per second")
     axes.set_title("Single ops under the machine's own rates", loc="left", fontweight="bold")
     axes.legend(frameon=False, ncols=2)
     return figure
@@ -205,7 +204,7 @@ def gain(run: Run) -> Any:
     axes.axvline(1.0, color=INK, lw=0.8, ls=(0, (4, 3)))
     axes.set_xlabel("times as fast as the baseline")
     axes.set_title("Where the gain comes from", loc="left", fontweight="bold")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.5 / len(found)), ncols=3)
     return figure
 
 

@@ -135,7 +135,7 @@ def bert_name(case: dict[str, Any]) -> str:
 
 def _of_bert(found: dict[str, Any]) -> Run:
     case = found["case"]
-    run = Run("bert_record", found["environment"])
+    run = Run("bert", found["environment"])
     for row in found["contenders"]:
         if "seconds" in row:
             facts = {
@@ -164,7 +164,7 @@ def _of_bert(found: dict[str, Any]) -> Run:
 
 def _of_ops(found: dict[str, Any]) -> Run:
     """Such a record keeps medians alone."""
-    run = Run("ops_record", found["environment"], notes=found["notes"])
+    run = Run("ops", found["environment"], notes=found["notes"])
     for line in found["lines"]:
         case = f"{line['name']} {line['shape']}, {line['mode']}"
         seconds = [line["median_us"] / 1e6]
@@ -173,6 +173,19 @@ def _of_ops(found: dict[str, Any]) -> Run:
             Series("ops", case, line["dtype"], line["contender"], seconds, line["ours"], ratio, line)
         )
     return run
+
+
+def together(found: list[Run]) -> Run:
+    """Several records of one machine as one run; the environment is the latest one's."""
+    latest = max(found, key=lambda run: run.environment["date"])
+    whole = Run(" ".join(dict.fromkeys(run.suite for run in found)), latest.environment)
+    for run in found:
+        whole.series += run.series
+        whole.memory += run.memory
+        whole.red += run.red
+        for sentence in run.notes:
+            whole.note(sentence)
+    return whole
 
 
 # --- Regressions ----------------------------------------------------------------------------------

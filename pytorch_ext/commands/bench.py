@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from . import BAD_INPUT, INTERRUPTED
+
+if TYPE_CHECKING:
+    from ..benchmarks.runs import Run
+    from ..benchmarks.suites import Options
 
 bench = typer.Typer(invoke_without_command=True, help="Time ops and whole models, each compared first.")
 
@@ -58,7 +62,7 @@ def run(
         sys.exit(INTERRUPTED)
 
 
-def _run(options, out: Path) -> int:
+def _run(options: Options, out: Path) -> int:
     from ..benchmarks import page, runs, suite_table, suites
 
     file = out / f"{options.suite}-{options.dtype}.json"
@@ -81,13 +85,8 @@ def compare(
 
     if len(old) != 2:
         _refuse(f"compare takes two records or folders, OLD and NEW, not {len(old)}")
-    try:
-        sides = [[runs.load(file) for file in _records(path)] for path in old]
-    except runs.RecordError as error:
-        _refuse(str(error))
-    machines = {(run.environment["device"], run.environment.get("threads")) for side in sides for run in side}
-    if len(machines) > 1:
-        _refuse(f"the records are of different machines: {'; '.join(sorted(map(str, machines)))}")
+    sides = [_load(path) for path in old]
+    _of_one_machine([run for side in sides for run in side])
     found = runs.changes(*sides)
     if not found:
         _refuse("the two sides have no series in common")
@@ -95,13 +94,39 @@ def compare(
     sys.exit(1 if any(one.verdict == "slower" for one in found) else 0)
 
 
-def _records(path: Path) -> list[Path]:
+@bench.command()
+def page(
+    folder: Annotated[Path, typer.Argument(help="A record, or a folder of records of one machine.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the page goes.")] = Path("bench-output"),
+) -> None:
+    """Make the page and its pictures out of records."""
+    from ..benchmarks import page, runs
+
+    found = _load(folder)
+    _of_one_machine(found)
+    typer.echo(f"page: {page.write(runs.together(found), out)}")
+
+
+def _load(path: Path) -> list[Run]:
+    """A record or a folder of them; records of families have tables of their own."""
+    from ..benchmarks import runs
+
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = [file for file in files if not file.name.startswith("bench_families")]
     if not files:
         _refuse(f"{path} holds no record")
-    return files
+    try:
+        return [runs.load(file) for file in files]
+    except runs.RecordError as error:
+        _refuse(str(error))
 
 
-def _refuse(sentence: str) -> None:
+def _of_one_machine(found: list[Run]) -> None:
+    machines = {f"{run.environment['device']}, {run.environment['threads']} threads" for run in found}
+    if len(machines) > 1:
+        _refuse(f"the records are of different machines: {'; '.join(sorted(machines))}")
+
+
+def _refuse(sentence: str) -> NoReturn:
     typer.echo(f"error: {sentence}", err=True)
     sys.exit(BAD_INPUT)

@@ -159,6 +159,15 @@ def test_records_that_are_there_are_read():
         assert page.speedups(run) is not None
 
 
+@pytest.mark.parametrize("device", ["amd-epyc-avx512-2-threads", "amd-epyc-avx2-2-threads"])
+def test_a_page_is_made_of_the_records_that_are_there(device, tmp_path):
+    records = suites.op_bench.op_report.RESULTS / device
+    done = CliRunner().invoke(bench, ["page", str(records), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "index.html").read_text()
+    assert "bert: BERT 768 x 12, 16 x 256, 27 %" in text
+
+
 def verdicts(old, new):
     return {one.name.rpartition(" ")[2]: one.verdict for one in runs.changes(old, new)}
 
