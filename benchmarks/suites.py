@@ -28,7 +28,7 @@ from . import (
 from .bert_contenders import BASELINE, DTYPES, SHAPES, Case, contenders, default_names, left_out
 from .console import Bar, Progress, reason
 from .op_limits import Limits
-from .runs import Run, bert_name
+from .runs import Run, Series, bert_name
 
 SUITES = ("quick", "ops", "bert", "train", "first-call", "memory", "full")
 OPS = (bench_layer_norm, bench_gelu, bench_linear, bench_attention)
@@ -304,8 +304,6 @@ def _memory(case: Case, name: str, found: Run) -> None:
 def _first_call(case: Case, name: str, found: Run) -> None:
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         seconds = pool.submit(first_call, case, name, torch.get_num_threads()).result()
-    from .runs import Series
-
     dtype = next(key for key, kind in DTYPES.items() if kind == case.dtype)
     facts = {"what": "building the model and its first call, in a fresh process, imports apart"}
     found.series.append(

@@ -150,6 +150,25 @@ def test_the_clock_gives_pytest_benchmark_the_measured_times(tmp_path):
     assert [ticking() for _ in range(4)] == [0.0, 0.25, 0.0, 0.5]
 
 
+def test_a_run_of_memory_alone_leaves_a_record_and_a_picture(tmp_path):
+    run = runs.Run("memory", record.environment())
+    run.memory.append({"case": "a case", "contender": "native", "bytes": 46_000_000, "method": "told"})
+    assert runs.load(runs.save(run, tmp_path / "record.json")) == run
+    page.write(run, tmp_path)
+    assert [file.stem for file in tmp_path.glob("*.png")] == ["memory"]
+
+
+@pytest.mark.full
+def test_what_runs_in_a_fresh_process_leaves_its_figures():
+    case = bert_contenders.Case(
+        **TINY, batch=4, seq=16, fill="27", dtype=torch.float32, mode="infer", device="cpu"
+    )
+    assert 0 < suites.first_call(case, "native", 1) < 30
+    found = runs.Run("memory", {})
+    suites._memory(case, "native", found)
+    assert found.memory[0]["contender"] == "native" and found.memory[0]["bytes"] >= 0
+
+
 def test_records_that_are_there_are_read():
     files = sorted(suites.op_bench.op_report.RESULTS.glob("*/be*.json"))
     found = [runs.load(file) for file in files if "families" not in file.name]
