@@ -15,6 +15,7 @@ using Band = Layout<T, VEC<T>, true>;
 template <class T>
 constexpr int BAND = WARP * VEC<T>;  // columns
 
+// Plan: at most 40 registers, for twelve blocks at once.
 template <class T, bool TANH>
 __global__ void __launch_bounds__(Band<T>::THREADS)
     bias_gelu_fwd_kernel(Rows<const T> x, Parameter bias, Rows<T> out, int64_t rows, int cols, bool aligned) {
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(Band<T>::THREADS)
     }
 }
 
+// Plan: at most 64 registers, for eight blocks at once.
 template <class T, bool TANH>
 __global__ void __launch_bounds__(Band<T>::THREADS)
     bias_gelu_bwd_kernel(Rows<const T> dout, Rows<const T> x, Parameter bias, Rows<T> dx, float* partial,

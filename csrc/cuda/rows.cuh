@@ -184,6 +184,7 @@ struct Sum {
 };
 
 // Block (j, i) adds up columns 32 j and on of the i-th sum; its threads are 32 columns wide, and share the parts.
+// Plan: at most 32 registers, for as many threads as a processor holds.
 static __global__ void sum_partials_kernel(Sum first, Sum second, Sum third, int count, int cols) {
     const Sum sum = blockIdx.y == 0 ? first : blockIdx.y == 1 ? second : third;
     const int col = blockIdx.x * WARP + threadIdx.x;

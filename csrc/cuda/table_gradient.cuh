@@ -58,6 +58,7 @@ __device__ inline void add_columns(float (&total)[COLUMNS], const float* row, in
 }
 
 // Block (i, j) adds up the runs in chunk i, in the columns of block j.
+// Plan: at most 32 registers, for as many threads as a processor holds.
 template <class T>
 __global__ void __launch_bounds__(ACROSS)
     table_chunks_kernel(const float* dx, Sorted sorted, TableGradient<T> table, Edges edges, bool aligned) {
@@ -84,6 +85,7 @@ __global__ void __launch_bounds__(ACROSS)
 }
 
 // Block (i, j) adds up the run that begins in chunk i and goes on behind it, if there is one.
+// Plan: at most 32 registers, for as many threads as a processor holds.
 template <class T>
 __global__ void __launch_bounds__(ACROSS* EDGES_HIGH)
     table_edges_kernel(Sorted sorted, TableGradient<T> table, Edges edges, bool aligned) {
