@@ -73,8 +73,10 @@ auto visit(ScalarType dtype, const Work& work) {
         case ScalarType::Float: return work(Type<float>());
         case ScalarType::Half: return work(Type<float16>());
 #endif
-        default: return work(Type<bfloat16>());
+        case ScalarType::BFloat16: break;
+        default: STD_TORCH_CHECK(false, "backend 'cuda': it has no kernels for this dtype");
     }
+    return work(Type<bfloat16>());
 }
 
 }  // namespace pytorch_ext::cuda
