@@ -3,6 +3,8 @@
 import platform
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -263,3 +265,31 @@ def test_cuda_library_beside_any_torch(bare_tree, run_python):
     (library,) = (tree / "pytorch_ext").glob("_cuda.*")
     done = run_python(tree, "-c", code, str(library))
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.full
+def test_the_wheel_of_the_cuda_library(copy_repository, run_python, tmp_path):
+    """The kernels alone: one file for every later Python and PyTorch, as the audit of its symbols shows."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    tree = copy_repository(tmp_path / "tree")
+    asked = {"PYTORCH_EXT_CPU": "0", "PYTORCH_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
+    wheel = ["-m", "pip", "wheel", ".", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", "dist"]
+    done = run_python(tree, *wheel, **asked)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = (tree / "dist").glob("*.whl")
+    assert "-cp311-abi3-linux" in made.name
+    with zipfile.ZipFile(made) as file:
+        library = file.extract("pytorch_ext/_cuda.abi3.so", tmp_path)
+    audit = Path(sys.executable).with_name("torch-abi-audit")
+    done = run_python(tmp_path, str(audit), "--check", "both", library)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2.11.0" in done.stdout
+    code = (
+        "import importlib.util, sys, torch\n"
+        "spec = importlib.util.spec_from_file_location('_cuda', sys.argv[1])\n"
+        "print(importlib.util.module_from_spec(spec).__doc__)\n"
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('pytorch_ext_cuda::layer_norm_fwd', 'CUDA'))"
+    )
+    done = run_python(tmp_path, "-c", code, library)
+    assert done.stdout.splitlines() == ["pytorch_ext::_cuda was built for sm_80", "True"], done.stderr
