@@ -55,7 +55,7 @@ def build(stem: str, sources: Path = SOURCES, *, sanitize: bool = False, kept: P
     kept.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
     command = [
-        *(compiler(), *options, f"-I{sources}", f"-I{HERE}"),
+        *(compiler(), *options, f"-I{sources}", f"-I{HERE}", f"-I{SOURCES}"),
         *(flag for path in include_paths() for flag in ("-isystem", path)),
         *("-x", "c++", str(sources / f"{stem}.cu"), str(HERE / "cuda_host.cpp")),
         *(flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")),

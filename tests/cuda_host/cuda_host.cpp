@@ -360,12 +360,17 @@ uint32_t ballot(uint32_t mask, bool yes, Place place) {
     return part.result;
 }
 
+void check_shared(const void* at, size_t bytes, const char* what) {
+    const char* first = static_cast<const char*>(at);
+    if (first < shared || first + bytes > shared + shared_size)
+        fail(std::string(what) + " of what is not the block's shared memory");
+}
+
 void async_copy(void* to, const void* from, int bytes, int filled) {
     if (reinterpret_cast<uintptr_t>(to) % filled || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % filled))
         fail("a cp.async of " + std::to_string(filled) +
              " bytes to or from an address that is no multiple of them");
-    char* at = static_cast<char*>(to);
-    if (at < shared || at + filled > shared + shared_size) fail("a cp.async to what is not shared memory");
+    check_shared(to, filled, "cp.async");
     std::memset(to, POISON, filled);
     fibers[running].copies.push_back({to, from, bytes, filled, false});
 }

@@ -113,6 +113,9 @@ uint32_t ballot(uint32_t mask, bool yes, Place place);
 
 int lane();
 
+// Fails if what an instruction takes from shared memory is elsewhere.
+void check_shared(const void* at, size_t bytes, const char* what);
+
 // --- cp.async: a copy is made when it is waited for, and until then what it will overwrite is no number ----------
 
 void async_copy(void* to, const void* from, int bytes, int filled);  // the bytes behind `bytes` are zero
