@@ -1,4 +1,4 @@
-"""A model as a file for others, and as a picture of its graph: ONNX, ``.pt2`` and Netron.
+"""A model as a file for others: ONNX and ``.pt2``.
 
 Everything here needs the extra ``export``, when it is called.
 """
