@@ -45,13 +45,13 @@ def undisturbed(
     Args:
         containers, classes: the blocks whose ``forward`` a fused layer does not call, and what they have to be.
         dropouts: modules whose rate alone it takes.
-        leaves: the modules that compute; where one is hooked, the hook expects to see the padded batch.
+        leaves: the modules that compute; where one is watched, a hook expects to see the padded batch.
     """
     if any(type(m) is not c or bypass.hooked(m) for m, c in zip(containers, classes, strict=True)):
         return False
     if bypass.hooked_everywhere() or not all(map(bypass.plain_dropout, dropouts)):
         return False
-    return not any(isinstance(m, nn.Module) and bypass.hooked(m) for m in leaves)
+    return not any(isinstance(m, nn.Module) and bypass.watched(m) for m in leaves)
 
 
 def run_layers(

@@ -1,5 +1,8 @@
 """What a fused path would bypass, looked at in each call: it may have been added since the module was made."""
 
+import functools
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as nn_module
@@ -21,6 +24,7 @@ _HUGGING_FACE = {
 _IDLE_HOOKS = "transformers.utils.output_capturing"
 # These gather a layer's parameters and let go of them again; the shape of what passes is nothing to them.
 _SHARDING_HOOKS = "torch.distributed.fsdp."
+_TENSOR_PARALLEL_HOOKS = "torch.distributed.tensor."
 
 
 def hooked(module: nn.Module) -> bool:
@@ -39,9 +43,24 @@ def watched(layer: nn.Module) -> bool:
         return False
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return "forward" in layer.__dict__ or not all(
-        (hook.__module__ or "").startswith((_IDLE_HOOKS, _SHARDING_HOOKS))
+        (hook.__module__ or "").startswith((_IDLE_HOOKS, _SHARDING_HOOKS)) or _splits_features(hook)
         for registered in hooks
         for hook in registered.values()
+    )
+
+
+def _splits_features(hook: Callable) -> bool:
+    """Whether it is of a tensor-parallel style that shares out features alone: then tokens may lie in any shape.
+
+    Which placements a style has is told by what it bound (``distribute_module`` makes the hook from a ``partial``).
+    Where that cannot be read, the hook is one that looks at shapes.
+    """
+    if not (hook.__module__ or "").startswith(_TENSOR_PARALLEL_HOOKS):
+        return False
+    bound = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+    layouts = [a for f in bound if isinstance(f, functools.partial) for a in f.args if isinstance(a, tuple)]
+    return bool(layouts) and all(
+        placement.is_replicate() or placement.is_shard(-1) for layout in layouts for placement in layout
     )
 
 

@@ -6,6 +6,7 @@ over the two raw ops, for every backend. ``native`` never comes here.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ def call(op: Callable, *args: Any) -> Any:
         return op(*args)
     for value in args:
         if type(value) not in PLAIN:
-            return op(*args)
+            return op(*_sharded(args))
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
@@ -73,6 +74,16 @@ def call(op: Callable, *args: Any) -> Any:
     ):
         return op(*args)
     return kernel(args[-1], _names[op])(*args[:-1])
+
+
+def _sharded(args: tuple) -> tuple | list:
+    """``args``, and where they hold a DTensor all as DTensors, with which our ops then know what to do."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # who made a DTensor has imported it
+    if distributed is None or not any(isinstance(a, distributed.DTensor) for a in args):
+        return args
+    from . import _sharding
+
+    return _sharding.together(args)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ LAYERS = [
     {"testing", "info"},
     {"nn", "models"},
     {"dropin"},
-    {"export", "huggingface"},
+    {"export", "huggingface", "training"},
     {""},
     {"benchmarks"},
     {"demo", "tune"},
