@@ -16,42 +16,22 @@ pytest.importorskip("onnxscript")
 TOLERANCE = 1e-5  # of float32 outputs of about 1
 
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+TEXT = {"vocab_size": 50, "max_position_embeddings": 32}
+
+
 def bert() -> nn.Module:
-    config = models.BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    return models.BertModel(config).eval()
+    return models.BertModel(models.BertConfig(**SIZES, **TEXT)).eval()
 
 
 def hf_bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
-    return transformers.BertModel(config).eval()
+    return transformers.BertModel(transformers.BertConfig(**SIZES, **TEXT)).eval()
 
 
 def vit() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=16,
-        patch_size=8,
-    )
-    return transformers.ViTModel(config).eval()
+    return transformers.ViTModel(transformers.ViTConfig(**SIZES, image_size=16, patch_size=8)).eval()
 
 
 def transformer() -> nn.Module:
@@ -90,7 +70,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("optimised", [False, True], ids=["as it comes", "optimised"])
+@pytest.mark.parametrize(
+    "optimised",
+    [pytest.param(False, id="as it comes", marks=pytest.mark.full), pytest.param(True, id="optimised")],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model(name, optimised, tmp_path):
     make, args, kwargs, expected = MODELS[name]
