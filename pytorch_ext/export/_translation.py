@@ -218,13 +218,14 @@ class Standard:
         return op.Reshape(wide, op.Concat(batch, self._ints(heads), rest, axis=0))
 
     def _places(self, tokens, cu_seqlens):
-        """Of each token its index and the index of its sequence, both (T,)."""
+        """Of each token its place in its sequence and the index of that, both (T,)."""
         op = self.op
         total = op.Squeeze(op.Shape(tokens, start=0, end=1), self._ints(0))
         at = op.Range(op.Constant(value_int=0), total, op.Constant(value_int=1))
-        starts = op.Unsqueeze(op.Cast(cu_seqlens, to=7), self._ints(0))  # int64 (1, B + 1)
-        begun = op.GreaterOrEqual(op.Unsqueeze(at, self._ints(1)), starts)
-        return at, op.ReduceSum(op.Cast(begun, to=7), self._ints(1), keepdims=0)
+        starts = op.Cast(cu_seqlens, to=7)  # int64 (B + 1,)
+        begun = op.GreaterOrEqual(op.Unsqueeze(at, self._ints(1)), op.Unsqueeze(starts, self._ints(0)))
+        sequence = op.ReduceSum(op.Cast(begun, to=7), self._ints(1), keepdims=0)  # from 1 on
+        return op.Sub(at, op.Gather(starts, op.Sub(sequence, op.Constant(value_int=1)))), sequence
 
     def _layer_norm(self, input, weight, bias, eps: float, dims: int = 1):
         if weight is None:

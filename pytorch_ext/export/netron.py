@@ -21,8 +21,8 @@ from ._page import Panel, page
 from ._process import Server
 from .onnx import to_onnx
 
-BEFORE = "as it comes", "what PyTorch writes of its eager attention"
-AFTER = "optimised", "one node per attention, LayerNorm and GELU; inference removes the padding too"
+BEFORE = "as it comes", "Hugging Face models: with their eager attention, which shows the formula"
+AFTER = "optimised", "what it computes; inference removes the padding too"
 
 
 class View:

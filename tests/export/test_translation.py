@@ -1,0 +1,39 @@
+"""Graphs that hold our raw ops, translated by the table into standard ones."""
+
+import pytest
+import torch
+from torch import nn
+
+import pytorch_ext
+from pytorch_ext import export, ops
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+TOLERANCE = 1e-5  # of float32 outputs of about 1
+
+
+class Varlen(nn.Module):
+    def forward(self, query, key, cu_seqlens_q, cu_seqlens_k):
+        lengths = (cu_seqlens_q, cu_seqlens_k, 9, 9)
+        causal = ops.varlen_attention(query, key, key, *lengths, is_causal=True)
+        return causal, ops.varlen_attention(query, key, key, *lengths)
+
+
+@pytest.mark.parametrize("opset", [23, pytest.param(18, marks=pytest.mark.full)])
+def test_causal_is_counted_within_each_sequence(opset):
+    ends = ([0, 4, 6, 9], [0, 3, 12, 14])  # queries and keys of other lengths
+    cu_seqlens = [torch.tensor(e, dtype=torch.int32) for e in ends]
+    generator = torch.Generator().manual_seed(0)
+    args = (*(torch.randn(e[-1], 4, 8, generator=generator) for e in ends), *cu_seqlens)
+    with pytorch_ext.backends.use("reference"), torch.no_grad():
+        expected = Varlen()(*args)
+        program = torch.export.export(Varlen(), args, strict=False)
+    assert any("varlen_attention_fwd" in str(node.target) for node in program.graph.nodes)
+    table = export.translation_table(opset)
+    made = torch.onnx.export(program, verbose=False, opset_version=opset, custom_translation_table=table)
+    session = onnxruntime.InferenceSession(made.model_proto.SerializeToString())
+    names = [declared.name for declared in session.get_inputs()]
+    found = session.run(None, {name: t.numpy() for name, t in zip(names, args, strict=True)})
+    for ours, theirs in zip(expected, found, strict=True):
+        assert (ours - torch.from_numpy(theirs)).abs().max() <= TOLERANCE
