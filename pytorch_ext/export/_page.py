@@ -1,4 +1,4 @@
-"""The page that frames what Netron shows, with the counts of nodes above each graph and pictures below them."""
+"""The page that frames what Netron shows, with the counts of nodes above each graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ ul { margin: 0; padding: 0; list-style: none; display: flex; flex-wrap: wrap; ga
 li { padding: 0 8px; border-radius: 9px; background: #eef2f4; }
 li.other { background: #ffe3b3; }
 iframe { flex: 1; border: 0; border-top: 1px solid #ccd3d8; width: 100%; }
-img { display: block; max-width: 100%; margin: 12px auto; }
 """
 
 
@@ -37,13 +36,12 @@ class Panel:
     nodes: Counter[str]
 
 
-def page(name: str, panels: list[Panel], pictures: list[str]) -> str:
+def page(name: str, panels: list[Panel]) -> str:
     """The page of one or two graphs; what differs between two is marked in the counts."""
     sections = "".join(_section(panel, _differing(panels)) for panel in panels)
-    images = "".join(f'<img src="{html.escape(file)}" alt="{html.escape(file)}">' for file in pictures)
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
-        f"<style>{_STYLE}</style></head><body><main>{sections}</main>{images}</body></html>"
+        f"<style>{_STYLE}</style></head><body><main>{sections}</main></body></html>"
     )
 
 

@@ -36,10 +36,6 @@ class Server:
         self.url = f"http://{HOST}:{rest}"
         atexit.register(self.stop)
 
-    @property
-    def running(self) -> bool:
-        return self._process.poll() is None
-
     def wait(self) -> None:
         self._process.wait()
 

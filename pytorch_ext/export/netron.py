@@ -103,7 +103,7 @@ def view(
             panels.append(Panel(name, note, servers[-1].url, nodes))
         web = folder / "page"
         web.mkdir()
-        (web / "index.html").write_text(page(panels[0].title, panels, []), encoding="utf-8")
+        (web / "index.html").write_text(page(panels[0].title, panels), encoding="utf-8")
         servers.append(Server("page", web, port))
     except BaseException:
         for server in servers:
