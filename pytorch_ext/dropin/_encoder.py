@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from . import _bypass as bypass
 from ._attention import biased
 from ._padding import Packed, attention_mask, flattened, note, pack
+from ._recompute import layer_call
 from ._swap import options_of, scope, swapped
 
 ENCODER_OPS = ("unpad_input", "pad_input")
@@ -86,14 +87,15 @@ def run_layers(
         if dense_mask is not None:
             bias, dense_mask = biased(bias, dense_mask), None  # once for all layers
         handed_down = {**handed_down, "position_bias": bias}
+    call = layer_call(encoder)
     for layer in layers:
         if packed is None:
-            x = _hidden(layer(x, dense_mask, **handed_down))
+            x = _hidden(call(layer, x, dense_mask, **handed_down))
         elif padded_layers or bypass.watched(layer):
-            padded = layer(packed.pad(x), attention_mask(packed.mask), packed=packed, **handed_down)
+            padded = call(layer, packed.pad(x), attention_mask(packed.mask), packed=packed, **handed_down)
             x = packed.unpad(_hidden(padded))
         else:
-            x = _hidden(layer(x, packed=packed, **handed_down))
+            x = _hidden(call(layer, x, packed=packed, **handed_down))
         if all_hidden_states is not None:
             all_hidden_states.append(x if packed is None else packed.pad(x))
     return x if packed is None else packed.pad(x)

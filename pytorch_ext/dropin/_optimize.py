@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -9,7 +10,7 @@ from ..backends import BackendError, _registry
 from ..backends._choice import checked
 from . import _huggingface, _layouts
 from ._report import Report, describe
-from ._swap import Options, all_swapped, reconfigure, swap, swapped, unswap
+from ._swap import Options, all_swapped, options_of, reconfigure, swap, swapped, unswap
 from .rules import padding_kept_below, rule_for
 
 
@@ -52,7 +53,8 @@ def optimize(
     del standins
     kept = padding_kept_below(model)
     for _, module in all_swapped(model):
-        reconfigure(module, options.below(kept.get(id(module))))
+        told = options.below(kept.get(id(module)))
+        reconfigure(module, replace(told, recompute=options_of(module).recompute))
     for module, rule in todo:
         swap(module, rule, options.below(kept.get(id(module))))
     for _, module in all_swapped(model):

@@ -47,11 +47,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Options:
-    """What ``optimize`` was told."""
+    """What ``optimize`` was told, and ``training.recompute``."""
 
     backend: str | None = None
     remove_padding: bool | str = "auto"
     kept_because: str = "optimize was told remove_padding=False"  # if it is False
+    recompute: str | None = None  # one of ``_recompute.KINDS``, told by ``training.recompute``
 
     def below(self, reason: str | None) -> "Options":
         """The options of a module below a head that is the ``reason`` for ``"auto"`` to keep the padding."""

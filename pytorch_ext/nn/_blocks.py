@@ -1,18 +1,40 @@
 """What the blocks of a Transformer are made of: each piece fused where calling its modules would do nothing else."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..backends import choose
 from . import _bypass as bypass
 
+_apart: ContextVar[bool] = ContextVar("pytorch_ext.nn.activations_apart", default=False)
+_ACTIVATIONS = {
+    "relu": torch.relu,
+    "gelu": ops.gelu,
+    "gelu_tanh": lambda x: ops.gelu(x, "tanh"),
+}
+
+
+@contextlib.contextmanager
+def activations_apart() -> Iterator[None]:
+    """An activation is an op of its own here, so that it can be computed once more without the product before it."""
+    before = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(before)
+
 
 def linear_activation(linear: nn.Module, activation: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
     """``activation(linear(x))``, as one op where ``linear`` is plain and the activation known."""
     name = None if activation is None else bypass.activation_name(activation)
     if bypass.plain_linear(linear) and (name is not None or activation is None):
+        if name is not None and not torch.compiler.is_compiling() and _apart.get():
+            return _ACTIVATIONS[name](ops.linear(x, linear.weight, linear.bias))
         return ops.linear(x, linear.weight, linear.bias, name)
     x = linear(x)
     return x if activation is None else activation(x)

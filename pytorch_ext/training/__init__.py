@@ -1,8 +1,10 @@
-"""What training asks for beside ``optimize``: ``parallel`` shares an optimised model out over devices.
+"""What training asks for beside ``optimize``.
 
-The engines stay PyTorch's and Hugging Face's.
+``parallel`` shares an optimised model out over devices; ``recompute`` gives time for memory. The engines stay PyTorch's
+and Hugging Face's.
 """
 
 from .parallel import PipelinePart, tensor_parallel
+from .recompute import recompute, selective_contexts
 
-__all__ = ["PipelinePart", "tensor_parallel"]
+__all__ = ["PipelinePart", "recompute", "selective_contexts", "tensor_parallel"]

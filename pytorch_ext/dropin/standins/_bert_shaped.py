@@ -25,6 +25,7 @@ def containers(modeling, prefix: str) -> tuple[type, ...]:
 
 class PaddingFreeEncoder:
     removes_padding = True
+    recomputes = True
     reads_padding_mask = True  # which Hugging Face hands down only to an attention implementation of ours
 
     def forward(

@@ -19,6 +19,7 @@ from . import hf_attention  # noqa: F401  (registers the attention implementatio
 
 class PaddingFreeAlbertTransformer(albert.AlbertTransformer):
     removes_padding = True
+    recomputes = True
     reads_padding_mask = True
 
     def forward(

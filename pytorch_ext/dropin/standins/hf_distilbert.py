@@ -14,6 +14,7 @@ from . import hf_attention  # noqa: F401  (registers the attention implementatio
 
 class PaddingFreeTransformer(distilbert.Transformer):
     removes_padding = True
+    recomputes = True
     reads_padding_mask = True
 
     def forward(

@@ -14,6 +14,7 @@ from . import hf_attention  # noqa: F401  (registers the mask function)
 
 class PaddingFreeMPNetEncoder(mpnet.MPNetEncoder):
     removes_padding = True
+    recomputes = True
     reads_padding_mask = True
 
     def forward(

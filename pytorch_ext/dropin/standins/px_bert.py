@@ -11,6 +11,7 @@ from .._post_norm import bert_parts, fused_layer, unhindered
 
 class PaddingFreeBertEncoder(bert.BertEncoder):
     removes_padding = True
+    recomputes = True
 
     def forward(
         self,
