@@ -39,6 +39,7 @@ def test_docstrings_with_qualified_names(library):
     }
 
 
+@pytest.mark.full
 def test_the_real_standard_library():
     found = texts.collect(None)
     assert len(found) > 4000

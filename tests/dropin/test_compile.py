@@ -89,7 +89,12 @@ def test_full_graph_with_padding_kept_or_removed_by_force(make_pair, check, remo
 
 
 @pytest.mark.parametrize(
-    ("name", "capture"), [("hf.BertModel", True), ("hf.BertModel", False), ("px.BertModel", False)]
+    ("name", "capture"),
+    [
+        ("hf.BertModel", True),
+        pytest.param("hf.BertModel", False, marks=pytest.mark.full),
+        ("px.BertModel", False),
+    ],
 )
 def test_plain_compile_with_and_without_the_switch(make_pair, check, name, capture):
     """The number of real tokens depends on the data: Dynamo breaks the graph there unless it is told to go on."""
@@ -122,7 +127,8 @@ def test_optimize_sets_no_switch(make_model):
     assert torch._dynamo.config.get_config_copy() == before
 
 
-@pytest.mark.parametrize("name", ["hf.BertModel", pytest.param("px.BertModel", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
 def test_by_inductor(make_pair, check, name):
     original, fast = make_pair(name, dtype=torch.float32)
     compiled = torch.compile(fast, fullgraph=True, dynamic=True)
@@ -176,7 +182,8 @@ def test_an_optimised_model_within_a_compiled_function(make_pair):
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("name", ["hf.BertModel", pytest.param("px.BertModel", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
 def test_recording_in_a_compiled_model(make_pair, check, name):
     original, fast = make_pair(name)
     compiled = torch.compile(fast, backend="eager")

@@ -30,6 +30,7 @@ def test_the_names_of_classes_stay(make_pair, name):
     assert names(pickle.loads(pickle.dumps(fast))) == names(original)
 
 
+@pytest.mark.full
 def test_the_names_in_another_process(make_pair, tmp_path):
     original, fast = make_pair("hf.BertModel")
     torch.save(fast, tmp_path / "model.pt")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 def test_two_processes_train_what_one_would(transformers, tmp_path):
     """Under DistributedDataParallel, fully_shard and accelerate."""
     pytest.importorskip("accelerate", reason="one of the ways is accelerate's")

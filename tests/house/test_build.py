@@ -199,6 +199,7 @@ class TestWithSources:
             (tree / "csrc/cuda/op.cu").unlink()
 
     # One test, because each step starts from what the one before left in build/.
+    @pytest.mark.full
     def test_compiles_only_what_changed(self, tree, run_python):
         import torch
 

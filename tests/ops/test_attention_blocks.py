@@ -57,7 +57,7 @@ def test_many_keys(backend, threads, heads, key_heads, dtype, options, check_con
 
     make = lambda g: qkv(g, heads=heads, key_heads=key_heads)  # noqa: E731
     ours, eager = ops.scaled_dot_product_attention, F.scaled_dot_product_attention
-    check_contract(backend, of(ours), of(eager), make, dtype, seeds=range(4))
+    check_contract(backend, of(ours), of(eager), make, dtype)
 
 
 test_many_keys.full_in_interpreter = True
