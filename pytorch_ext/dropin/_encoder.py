@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..nn._graphs import replayed
 from . import _bypass as bypass
 from ._attention import biased
 from ._padding import Packed, attention_mask, flattened, note, pack
@@ -87,6 +88,17 @@ def run_layers(
         if dense_mask is not None:
             bias, dense_mask = biased(bias, dense_mask), None  # once for all layers
         handed_down = {**handed_down, "position_bias": bias}
+    layers = list(layers)
+    if dense_mask is None and not padded_layers and all_hidden_states is None:
+
+        def run(tokens: Tensor, where: Packed) -> Tensor:
+            for layer in layers:
+                tokens = _hidden(layer(tokens, packed=where, **handed_down))
+            return tokens
+
+        found = replayed(encoder, options_of(encoder).recorder, run, x, packed, handed_down)
+        if found is not None:
+            return found
     call = layer_call(encoder)
     for layer in layers:
         if packed is None:

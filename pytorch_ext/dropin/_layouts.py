@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..backends import drop_layouts, layout_bytes
-from ..nn import _rows
+from ..nn import _graphs, _rows
 
 SAMPLES = 64
 
@@ -74,6 +74,7 @@ def drop(model: nn.Module) -> None:
     for module in model.modules():
         _layouts.pop(module, None)
         _rows.forget(module)
+        _graphs.forget(module)
 
 
 def size_in_bytes(model: nn.Module) -> int:

@@ -8,6 +8,8 @@ from torch import nn
 
 from ..backends import BackendError, _registry
 from ..backends._choice import checked
+from ..nn import _graphs
+from ..nn._recorder import CudaRecorder
 from . import _huggingface, _layouts
 from ._report import Report, describe
 from ._swap import Options, all_swapped, options_of, reconfigure, swap, swapped, unswap
@@ -31,7 +33,8 @@ def optimize(
         remove_padding: ``"auto"``: run an encoder without padding where a mask shows some, position 0 of every
             sequence is real (heads read position 0), and no head weighs all positions against each other (as that for
             question answering does). True: wherever a mask shows some. False: never.
-        cuda_graphs: capture graphs for the latency of small batches.
+        cuda_graphs: for inference on CUDA: capture the layers of each encoder in a graph for each size of batch, and
+            replay that. Where it cannot be (in training, with gradients, with hooks) the layers run as without.
         dry_run: change nothing and return the report of what would be done.
 
     Returns:
@@ -39,7 +42,8 @@ def optimize(
 
     Raises:
         TypeError: ``model`` is no ``torch.nn.Module``.
-        ValueError: an unknown ``backend`` or ``remove_padding``, or ``cuda_graphs``, which this version cannot do.
+        ValueError: an unknown ``backend``, ``remove_padding`` or ``cuda_graphs``, or graphs for a model that is not on
+            CUDA.
         BackendError: a ``backend`` that cannot run anything here, with every reason.
     """
     options = _checked_options(model, backend, remove_padding, cuda_graphs)
@@ -55,6 +59,7 @@ def optimize(
     for _, module in all_swapped(model):
         told = options.below(kept.get(id(module)))
         reconfigure(module, replace(told, recompute=options_of(module).recompute))
+        _graphs.forget(module)
     for module, rule in todo:
         swap(module, rule, options.below(kept.get(id(module))))
     for _, module in all_swapped(model):
@@ -77,7 +82,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Drops the laid-out weights of ``model``; the next forward makes them anew from the weights as they are then."""
+    """Drops the laid-out weights and CUDA graphs of ``model``; the next forward makes them anew, from what is then."""
     _check_module(model)
     _layouts.drop(model)
     return model
@@ -128,14 +133,18 @@ def _checked_options(
     _check_module(model)
     if not isinstance(remove_padding, bool) and remove_padding != "auto":
         raise ValueError(f"remove_padding: expected 'auto', True or False, got {remove_padding!r}")
-    if cuda_graphs:
-        raise ValueError("cuda_graphs: expected False, since this version captures no CUDA graphs, got True")
+    if not isinstance(cuda_graphs, bool):
+        raise ValueError(f"cuda_graphs: expected True or False, got {cuda_graphs!r}")
+    devices = {p.device.type for p in model.parameters()}
+    if cuda_graphs and devices != {"cuda"}:
+        found = f"parameters on {' and '.join(sorted(devices))}" if devices else "no parameters"
+        raise ValueError(f"cuda_graphs: expected False, or a model on a CUDA device, got True and {found}")
     if backend is not None and checked(backend, "backend") != "auto":
         reasons = {op: _registry.why_not(backend, op) for op in _registry.ops()}
         if all(reasons.values()):
             every = dict.fromkeys(reason for found in reasons.values() for reason in found)
             raise BackendError(f"backend {backend!r} cannot be used: " + "; ".join(every))
-    return Options(backend, remove_padding)
+    return Options(backend, remove_padding, CudaRecorder if cuda_graphs else None)
 
 
 def _check_module(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..backends import use
+from ..nn._recorder import Recorder
 
 _ATTRIBUTE = "_pytorch_ext"
 
@@ -51,6 +52,7 @@ class Options:
 
     backend: str | None = None
     remove_padding: bool | str = "auto"
+    recorder: type[Recorder] | None = None  # of CUDA graphs, where they were asked for
     kept_because: str = "optimize was told remove_padding=False"  # if it is False
     recompute: str | None = None  # one of ``_recompute.KINDS``, told by ``training.recompute``
 

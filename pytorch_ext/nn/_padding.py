@@ -166,3 +166,7 @@ def _mapped(t: Tensor) -> bool:
 def note(encoder: nn.Module, what: str) -> None:
     if not torch.compiler.is_compiling():
         _last[encoder] = what
+
+
+def add_note(encoder: nn.Module, what: str) -> None:
+    _last[encoder] = f"{_last[encoder]}; {what}"

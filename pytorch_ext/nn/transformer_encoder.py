@@ -7,8 +7,10 @@ from . import _bypass as bypass
 from ._adopt import adopt
 from ._attendance import Attendance, additive, attendance, check_masks, is_causal_mask
 from ._blocks import layer_norm
+from ._graphs import replayed
 from ._layer import is_ours, takes_attendance
 from ._padding import Packed, note, pack
+from ._recorder import Recorder
 
 NAMES = ("mask", "src_key_padding_mask")
 _TOKEN_BY_TOKEN = (nn.LayerNorm, nn.RMSNorm, nn.Identity)
@@ -54,8 +56,9 @@ def encode(
     is_causal: bool | None,
     remove_padding: bool | str = "auto",
     kept_because: str = "",
+    recorder: type[Recorder] | None = None,
 ) -> Tensor:
-    """The ``forward`` of an encoder, with the padding removed as ``optimize`` was told."""
+    """The ``forward`` of an encoder, with the padding removed and graphs captured as ``optimize`` was told."""
     if src.is_nested:
         return nn.TransformerEncoder.forward(encoder, src, mask, padding, is_causal)
     check_masks(mask, padding, is_causal, NAMES)
@@ -76,6 +79,21 @@ def encode(
     if packed is None and real is not None and dense_mask is None:
         padding = None  # it shows none
     where = _attendance(encoder, x, mask, padding, hint, packed, turned)
+    if packed is not None or (x.dim() == 3 and padding is None and (mask is None or where.causal)):
+
+        def run(tokens: Tensor, at: Packed) -> Tensor:
+            of_tokens = Attendance(None, None, False, True, None, where.causal, False, packed=at)
+            return _through(encoder, tokens, of_tokens)
+
+        found = replayed(encoder, recorder, run, x, packed, {"causal": where.causal})
+        if found is not None:
+            return found.transpose(0, 1).contiguous() if turned else found
+    x = _through(encoder, x, where)
+    return where.shown(x).contiguous() if turned else where.shown(x)
+
+
+def _through(encoder: nn.TransformerEncoder, x: Tensor, where: Attendance) -> Tensor:
+    """All layers and the norm behind them, on activations as ``where`` says."""
     for layer in encoder.layers:
         if takes_attendance(layer, where):
             x = layer(x, src_key_padding_mask=where)
@@ -86,7 +104,7 @@ def encode(
     if encoder.norm is not None:
         plain = bypass.plain_norm(encoder.norm)
         x = layer_norm(encoder.norm, x) if plain else where.taken(encoder.norm(where.shown(x)))
-    return where.shown(x).contiguous() if turned else where.shown(x)
+    return x
 
 
 def _attendance(

@@ -45,8 +45,9 @@ def test_what_is_no_module(call, thing):
         (
             {"cuda_graphs": True},
             ValueError,
-            r"^cuda_graphs: expected False, .* captures no CUDA graphs, got True$",
+            r"^cuda_graphs: expected False, or a model on a CUDA device, got True and parameters on cpu$",
         ),
+        ({"cuda_graphs": "auto"}, ValueError, r"^cuda_graphs: expected True or False, got 'auto'$"),
     ],
 )
 def test_options(make_model, options, error, message, dry_run):

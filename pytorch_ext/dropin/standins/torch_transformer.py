@@ -53,7 +53,7 @@ class PaddingFreeTransformerEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         options = options_of(self)
-        rule = options.remove_padding, options.kept_because
+        rule = options.remove_padding, options.kept_because, options.recorder
         with scope(self):
             return encode(self, src, mask, src_key_padding_mask, is_causal, *rule)
 
