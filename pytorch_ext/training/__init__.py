@@ -1,7 +1,7 @@
 """What training asks for beside ``optimize``.
 
-``parallel`` shares an optimised model out over devices; ``recompute`` gives time for memory. The engines stay PyTorch's
-and Hugging Face's.
+``parallel`` shares an optimised model out over devices, ``recompute`` gives time for memory, ``pretraining`` makes
+batches of masked sentence pairs. The engines stay PyTorch's and Hugging Face's.
 """
 
 from .parallel import PipelinePart, tensor_parallel
