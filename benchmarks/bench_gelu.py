@@ -57,6 +57,11 @@ def cases(quick: bool) -> list[Case]:
     return [op(count, width) for op in (gelu, bias_gelu) for width in features for count in tokens]
 
 
+def large_cases() -> list[Case]:
+    """What fills a GPU; the first says most."""
+    return [op(16384, width) for width in (3072, 4096) for op in (gelu, bias_gelu)]
+
+
 def main(argv: list[str] | None = None) -> int:
     return op_bench.main("bench_gelu", __doc__.splitlines()[0], cases, argv)
 

@@ -122,6 +122,18 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
+def large_cases() -> list[Case]:
+    """What fills a GPU; the first says most."""
+    return [
+        *(layer_norm(32768, hidden) for hidden in (768, 1024)),
+        *(add_layer_norm(16384, 768, p) for p in (DROPOUT, 0.0)),
+        *(layer_norm(tokens, hidden) for tokens, hidden in ((32768, 4096), (16384, 8192))),
+        embedding_layer_norm(16384, 768),
+        add_layer_norm(16384, 1024, DROPOUT),
+        layer_norm(3152, 768),  # what 16 pictures are for ViT-B
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     return op_bench.main("bench_layer_norm", __doc__.splitlines()[0], cases, argv)
 

@@ -69,6 +69,12 @@ def cases(quick: bool) -> list[Case]:
     return [linear(count, *kind) for kind in kinds for count in tokens]
 
 
+def large_cases() -> list[Case]:
+    """What fills a GPU; the first says most."""
+    kinds = [((768, 3072), "gelu"), ((768, 2304), None), ((3072, 768), None), ((1024, 4096), "gelu")]
+    return [linear(16384, *kind) for kind in kinds]
+
+
 def main(argv: list[str] | None = None) -> int:
     return op_bench.main("bench_linear", __doc__.splitlines()[0], cases, argv)
 

@@ -43,6 +43,11 @@ class Case:
     ours: Function
     leaves: Sequence[torch.Tensor]
 
+    @property
+    def op(self) -> str:
+        """As in pytorch_ext.ops."""
+        return self.name.partition(",")[0]
+
 
 @dataclass(frozen=True)
 class Line:
@@ -168,7 +173,10 @@ def _gradients(leaves: Sequence[torch.Tensor]) -> Any:
             leaf.requires_grad_(False)
 
 
-def measure(case: Case, calls: int, blocks: int, device: str) -> list[Line]:
+Measured = tuple[Line, timing.Timings]  # a line, and the seconds of each block
+
+
+def measure(case: Case, calls: int, blocks: int, device: str) -> list[Measured]:
     """Both ways in each mode, in blocks of `calls`."""
     both = {"native": case.native, "ours": case.ours}
     with torch.no_grad():
@@ -185,7 +193,7 @@ def _walk(out: torch.Tensor, leaves: Sequence[torch.Tensor]) -> Function:
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
 
-def _line(op: str, mode: str, both: dict[str, Function], calls: int, blocks: int, device: str) -> Line:
+def _line(op: str, mode: str, both: dict[str, Function], calls: int, blocks: int, device: str) -> Measured:
     def repeat(function: Function) -> Callable[[object], None]:
         def block(_: object) -> None:
             for _ in range(calls):
@@ -197,7 +205,7 @@ def _line(op: str, mode: str, both: dict[str, Function], calls: int, blocks: int
     taken = timing.interleave(contenders, rounds=blocks, warmup=2, device=device)
     native, ours = ([seconds / calls * 1e6 for seconds in taken.seconds[name]] for name in ("native", "ours"))
     over = statistics.median(b - a for a, b in zip(native, ours, strict=True))
-    return Line(op, mode, statistics.median(native), statistics.median(ours), over)
+    return Line(op, mode, statistics.median(native), statistics.median(ours), over), taken
 
 
 def as_text(lines: list[Line], backend: str) -> str:
@@ -244,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
             progress.start(case.name)
             found = check(case)
             if found.ok:
-                lines += measure(case, options.calls, options.blocks, options.device)
+                lines += [line for line, _ in measure(case, options.calls, options.blocks, options.device)]
             else:
                 red.append(f"{case.name}: {found}; no time is shown")
     progress.done()

@@ -1,4 +1,4 @@
-"""What bench_bert times: one BERT with the same weights for every contender, and batches as a tokenizer makes them."""
+"""What bench_bert times: one model with the same weights for every contender, and batches as a tokenizer makes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ SHAPES = {
     "base": {"hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072},
     "large": {"hidden": 1024, "layers": 24, "heads": 16, "intermediate": 4096},
     "minilm": {"hidden": 384, "layers": 6, "heads": 12, "intermediate": 1536},
+    "vit-base": {"hidden": 768, "layers": 12, "heads": 12, "intermediate": 3072, "family": "vit"},
 }
 VOCABULARY = 30522
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +42,7 @@ class Case:
     mode: str  # infer, train
     device: str
     seed: int = 0
+    family: str = "bert"  # or vit: pictures of 196 patches, which have no padding
 
     @property
     def training(self) -> bool:
@@ -55,17 +57,23 @@ class Case:
     def inputs(self) -> dict[str, torch.Tensor]:
         """A batch as a tokenizer makes it; the ids are drawn once, with the seed. Training adds labels."""
         draw = torch.Generator().manual_seed(self.seed)
+        if self.family == "vit":
+            inputs = {"pixel_values": torch.randn(self.batch, 3, 224, 224, generator=draw).to(self.dtype)}
+        else:
+            inputs = self._texts(draw)
+        if self.training:
+            inputs["labels"] = torch.randint(2, (self.batch,), generator=draw)
+        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
+
+    def _texts(self, draw: torch.Generator) -> dict[str, torch.Tensor]:
         lengths = torch.tensor(self.lengths)[:, None]
         at = torch.arange(self.seq)[None]
         mask = at < lengths
-        inputs = {
+        return {
             "input_ids": torch.randint(1000, VOCABULARY, (self.batch, self.seq), generator=draw) * mask,
             "token_type_ids": ((at >= lengths // 2) & mask).long(),  # two segments, as for pairs of texts
             "attention_mask": mask.long(),
         }
-        if self.training:
-            inputs["labels"] = torch.randint(2, (self.batch,), generator=draw)
-        return {name: tensor.to(self.device) for name, tensor in inputs.items()}
 
 
 def autocast(case: Case) -> torch.autocast:
@@ -77,25 +85,28 @@ def autocast(case: Case) -> torch.autocast:
 def hugging_face(
     case: Case, *, attention: str = "sdpa", dropout: float = 0.0, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Hugging Face's BERT with random weights, the same for every contender."""
-    from transformers import BertConfig, BertForSequenceClassification, BertModel
+    """Hugging Face's model with random weights, the same for every contender."""
+    import transformers
 
-    config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=case.hidden,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.heads,
-        intermediate_size=case.intermediate,
-        max_position_embeddings=max(512, case.seq),
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        num_labels=2,
-        attn_implementation=attention,
-    )
+    sizes = {
+        "hidden_size": case.hidden,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": case.heads,
+        "intermediate_size": case.intermediate,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "num_labels": 2,
+        "attn_implementation": attention,
+    }
     torch.manual_seed(case.seed)
-    model = (
-        BertForSequenceClassification(config) if case.training else BertModel(config, add_pooling_layer=False)
-    )
+    if case.family == "vit":
+        config = transformers.ViTConfig(**sizes)
+        whole, bare = transformers.ViTForImageClassification, transformers.ViTModel
+    else:
+        more = {"vocab_size": VOCABULARY, "max_position_embeddings": max(512, case.seq)}
+        config = transformers.BertConfig(**sizes, **more)
+        whole, bare = transformers.BertForSequenceClassification, transformers.BertModel
+    model = whole(config) if case.training else bare(config, add_pooling_layer=False)
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases start as zeros and norms as ones, which would hide an error in them.
@@ -113,6 +124,13 @@ def contenders(case: Case) -> dict[str, tuple[str, Builder]]:
     from .contenders import everyone
 
     return {one.name: (one.what, one.build) for one in everyone() if not one.why_not(case)}
+
+
+def precision(name: str) -> str:
+    """In which a contender computes, where that is not the case's."""
+    from .contenders import everyone
+
+    return next((one.precision for one in everyone() if one.name == name), "")
 
 
 def left_out(case: Case) -> dict[str, str]:

@@ -57,19 +57,18 @@ class Gpu:
 
 
 def measure(calls: Mapping[str, Call], how: str, *, rounds: int, gpu: Any) -> timing.Timings:
-    """Seconds of each contender, turn by turn; `how` is COLD, WARM or GRAPH."""
+    """Seconds of each contender, turn by turn; `how` is COLD, WARM or, for calls that `captured` made, GRAPH."""
     names = list(calls)
-    ready = {name: gpu.captured(call) for name, call in calls.items()} if how == GRAPH else dict(calls)
     pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in names}
     for round_ in range(-1, rounds):  # the first one warms up
         for name in timing.balanced(names, max(round_, 0)):
             copy = round_ % COPIES
             if how == WARM:
-                ready[name](copy)
+                calls[name](copy)
             (gpu.flush if how == COLD else gpu.stall)()
             start, end = gpu.event(), gpu.event()
             start.record()
-            ready[name](copy)
+            calls[name](copy)
             end.record()
             if round_ >= 0:
                 pairs[name].append((start, end))

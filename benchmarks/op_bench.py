@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EAGER, COMPILE = "eager", "compile"
 COMPILE_MODE = "torch.compile(eager, dynamic=False), mode='default', compiled anew for each case"
 MODES = ("no grad", "forward", "backward")
+LARGEST_BYTES = 1e9  # that a case may move in float64 on a CPU
 SLOW = ("reference",)  # runs where it is asked for by name
 Tensors = dict[str, torch.Tensor]
 Function = Callable[..., torch.Tensor]
@@ -96,17 +97,22 @@ class Result:
         return any(contender.failures for contender in self.contenders)
 
 
-def contenders(case: Case, names: Sequence[str], compiled: bool, inputs: Tensors) -> list[Contender]:
-    """Eager PyTorch, torch.compile of it, and each backend of ours; what cannot run says why."""
+def contenders(case: Case, options: argparse.Namespace, inputs: Tensors) -> list[Contender]:
+    """Eager PyTorch, torch.compile of it, other peers, and each backend of ours; what cannot run says why."""
     ours, eager = case.training or (case.ours, case.eager)
     found = [Contender(EAGER, case.eager, eager)]
-    if compiled:
-        # A function that has seen one shape would become slower, dynamic code at the next one.
-        torch._dynamo.reset()
-        both = [torch.compile(function, dynamic=False) for function in (case.eager, eager)]
-        found.append(Contender(COMPILE, *both))
+    # A function that has seen one shape would become slower, dynamic code at the next one.
+    torch._dynamo.reset()
+    if options.compile:
+        compared = torch.compile(case.eager, dynamic=False)
+        timed = compared if eager is case.eager else torch.compile(eager, dynamic=False)
+        found.append(Contender(COMPILE, compared, timed))
+    if options.peers == "all":
+        from .op_peers import peers
+
+        found += peers(case, options.device)
     floating = [tensor for tensor in inputs.values() if tensor.is_floating_point()]
-    for name in names:
+    for name in options.names:
         why = "; ".join(backends.why_not(name, case.op, *floating))
         found.append(Contender(name, _on(name, case.ours), ours, name, why))
     return found
@@ -145,8 +151,9 @@ def check(case: Case, field: list[Contender], dtype: torch.dtype, device: str, p
         progress.step("float64")
         found = testing.compare_all(functions, case.eager, make, dtype, gradients=gradients)
         for name, comparison in found.items():
-            judged[name].failures = _wrong(comparison) if name == COMPILE else comparison.failures()
-            judged[name].broken += comparison.failures() if name == COMPILE else []
+            ours = judged[name].backend is not None
+            judged[name].failures = comparison.failures() if ours else _wrong(comparison)
+            judged[name].broken += [] if ours else comparison.failures()
 
 
 def _wrong(comparison: testing.Comparison) -> list[str]:
@@ -242,8 +249,12 @@ def run(case: Case, dtype: str, options: argparse.Namespace, limits: Limits, pro
     if expected > options.longest:
         result.note = f"one call takes about {expected:.1f} s, and --longest is {options.longest:g} s"
         return result
+    largest = 8 * case.elements[1]
+    if options.device == "cpu" and largest > LARGEST_BYTES:
+        result.note = f"in float64 it moves {largest / 1e9:.1f} GB, and this is a CPU"
+        return result
     inputs = _inputs(case, kind, options.device)
-    result.contenders = contenders(case, options.names, options.compile, inputs)
+    result.contenders = contenders(case, options, inputs)
     check(case, result.contenders, kind, options.device, progress)
     limits.start()
     limits.sample(kind, products=any(case.flops))
@@ -262,6 +273,12 @@ def arguments(name: str, about: str, argv: list[str] | None) -> argparse.Namespa
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose op or shape contains it")
     parser.add_argument("--backends", help="a comma-separated list; all that run here but reference")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--peers",
+        choices=("usual", "all"),
+        default="usual",
+        help="all: max-autotune, each kernel of SDPA, Liger too",
+    )
     parser.add_argument("--rounds", type=int, default=200, help="at most so many [%(default)s]")
     parser.add_argument("--seconds", type=float, help="for each mode of a case, about [2; quick: 0.5]")
     parser.add_argument("--longest", type=float, default=0.5, help="leave out slower cases [%(default)s s]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -81,17 +82,15 @@ class Run:
 
 
 def save(run: Run, file: Path) -> Path:
-    """Writes the record; pytest-benchmark itself makes it, out of the times that were measured."""
+    """Writes the record; pytest-benchmark makes it, where it is there, out of the times that were measured."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not run.series or importlib.util.find_spec("pytest_benchmark") is None:
+        file.write_text(json.dumps({"pytorch_ext": asdict(run)}, indent=2), encoding="utf-8")
+        return file
     import pytest
 
     from . import replay
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not run.series:  # pytest-benchmark makes no record of nothing
-        file.write_text(
-            json.dumps({"benchmarks": [], "pytorch_ext": facts_of(run)}, indent=2), encoding="utf-8"
-        )
-        return file
     words = [replay.__file__, f"--benchmark-json={file}", "-q", "-p", "no:cacheprovider"]
     words += ["-c", os.devnull, f"--rootdir={Path(replay.__file__).parent}", "--import-mode=importlib"]
     words += ["-p", "no:xdist", "--benchmark-enable"]
@@ -119,10 +118,13 @@ def load(file: Path) -> Run:
     except (OSError, ValueError) as error:
         raise RecordError(f"{file} is no record: {error}") from None
     if "pytorch_ext" in found:
-        lines = [
-            Series(**one["extra_info"]["series"], seconds=one["stats"]["data"]) for one in found["benchmarks"]
+        told = found["pytorch_ext"]
+        lines = [Series(**one) for one in told.pop("series", [])]
+        lines += [
+            Series(**one["extra_info"]["series"], seconds=one["stats"]["data"])
+            for one in found.get("benchmarks", [])
         ]
-        return Run(**found["pytorch_ext"], series=lines)
+        return Run(**told, series=lines)
     if "contenders" in found:
         return _of_bert(found)
     if "lines" in found:
@@ -132,7 +134,8 @@ def load(file: Path) -> Run:
 
 def bert_name(case: dict[str, Any]) -> str:
     """A case in a few words."""
-    shape = f"BERT {case['hidden']} x {case['layers']}, {case['batch']} x {case['seq']}"
+    kind = {"bert": "BERT", "vit": "ViT"}[case.get("family", "bert")]
+    shape = f"{kind} {case['hidden']} x {case['layers']}, {case['batch']} x {case['seq']}"
     return f"{shape}, {'sorted' if case['fill'] == 'sorted' else case['fill'] + ' %'}"
 
 

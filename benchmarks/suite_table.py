@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from .console import in_red, table
 from .runs import Change, Run, Series
 
@@ -22,6 +24,22 @@ def as_text(run: Run) -> str:
     parts += [in_red(sentence) for sentence in run.red]
     parts += [*run.notes, "A speed-up is the median over pairs of the baseline's time by the contender's."]
     return "\n".join(parts)
+
+
+def summary(run: Run) -> str:
+    """One line: the geometric mean of each contender's speed-ups in each suite, and how many disagreed."""
+    suites: dict[str, dict[str, list[float]]] = {}
+    for one in run.series:
+        if one.speedup and one.contender not in ("eager", "PyTorch"):
+            own = suites.setdefault(one.suite, {})
+            own.setdefault(one.contender, []).append(one.speedup["median"])
+    parts = [f"{len(run.red)} red"]
+    for suite, ratios in suites.items():
+        means = [
+            f"{name} {statistics.geometric_mean(own):.2f} x ({len(own)})" for name, own in ratios.items()
+        ]
+        parts.append(f"{suite}, geometric means over the baseline (cases): {', '.join(means)}")
+    return "; ".join(parts)
 
 
 def header(run: Run) -> str:

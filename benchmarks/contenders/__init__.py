@@ -30,6 +30,10 @@ class Contender:
     package: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    families: tuple[str, ...] = ("bert", "vit")
+    precision: str = (
+        ""  # where it is not that of the case: another line, that rounding does not hold to the baseline
+    )
     trains: bool = True
     usual: bool = True  # else it runs where it is asked for by name, or in the suite `full`
     unless: Callable[[Case], str] = lambda case: ""  # one more reason why it cannot run
@@ -39,6 +43,8 @@ class Contender:
         dtype = next(name for name, kind in DTYPES.items() if kind == case.dtype)
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
+        if case.family not in self.families:
+            return f"it knows {' and '.join(self.families)} alone"
         if case.device not in self.devices:
             return f"it runs on {' and '.join(self.devices)} alone"
         if case.training and not self.trains:

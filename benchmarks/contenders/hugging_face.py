@@ -9,7 +9,7 @@ from ..bert_contenders import BASELINE, Case, hugging_face
 from . import contender, model_with
 
 
-@contender(BASELINE, "Hugging Face default (SDPA attention)")
+@contender(BASELINE, "Hugging Face default (SDPA attention)", package="transformers")
 def default(case: Case, dropout: float) -> nn.Module:
     return hugging_face(case, dropout=dropout)
 

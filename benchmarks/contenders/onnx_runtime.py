@@ -114,6 +114,7 @@ def _as_the_fusions_know_it(graph: Any) -> None:
     package="onnxruntime",
     devices=("cpu",),
     dtypes=("fp32",),
+    families=("bert",),
     trains=False,
 )
 def onnx_runtime(case: Case, dropout: float) -> nn.Module:

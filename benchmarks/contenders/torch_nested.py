@@ -12,7 +12,7 @@ from ..bert_contenders import Case, hugging_face
 from . import contender
 
 
-@contender("nested", "nn.TransformerEncoder, nested-tensor fast path", trains=False)
+@contender("nested", "nn.TransformerEncoder, nested-tensor fast path", families=("bert",), trains=False)
 def nested(case: Case, dropout: float) -> nn.Module:
     return NestedEncoder(case)
 

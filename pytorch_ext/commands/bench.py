@@ -12,7 +12,6 @@ from . import BAD_INPUT, INTERRUPTED
 
 if TYPE_CHECKING:
     from ..benchmarks.runs import Run
-    from ..benchmarks.suites import Options
 
 bench = typer.Typer(invoke_without_command=True, help="Time ops and whole models, each compared first.")
 
@@ -21,7 +20,7 @@ bench = typer.Typer(invoke_without_command=True, help="Time ops and whole models
 def run(
     context: typer.Context,
     suite: Annotated[
-        str, typer.Option(help="quick, ops, bert, train, first-call, memory or full.")
+        str, typer.Option(help="quick, ops, bert, train, overhead, first-call, memory or full.")
     ] = "quick",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
@@ -29,6 +28,7 @@ def run(
     seconds: Annotated[
         float | None, typer.Option(help="Leave out the parts that would not fit into this time.")
     ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Shapes of no interest: does everything run?")] = False,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go.")] = Path("bench-output"),
 ) -> None:
     """Time ops and whole models against eager PyTorch, torch.compile and other engines.
@@ -38,39 +38,16 @@ def run(
     """
     if context.invoked_subcommand is not None:
         return
-    import torch
-
     from ..benchmarks import suites
-    from ..benchmarks.bert_contenders import DTYPES
 
-    for name, value, known in (
-        ("suite", suite, suites.SUITES),
-        ("dtype", dtype, DTYPES),
-        ("device", device, ("cpu", "cuda")),
-    ):
-        if value not in known:
-            _refuse(f"--{name} must be one of {', '.join(known)}, not {value!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        _refuse("--device cuda: there is no CUDA device that PyTorch can use")
-    options = suites.Options(suite, device, dtype, filter, seconds)
-    if not suites.parts(options):
-        _refuse(f"--filter {filter!r}: no part of the suite {suite} has it in its label")
+    options = suites.Options(suite, device, dtype, filter, seconds, tiny)
+    if sentence := suites.wrong(options):
+        _refuse(sentence)
     try:
-        sys.exit(_run(options, out))
+        sys.exit(suites.command(options, out))
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         sys.exit(INTERRUPTED)
-
-
-def _run(options: Options, out: Path) -> int:
-    from ..benchmarks import page, runs, suite_table, suites
-
-    file = out / f"{options.suite}-{options.dtype}.json"
-    found = suites.run(options, lambda until_now: runs.save(until_now, file))
-    typer.echo(suite_table.as_text(found))
-    record = runs.save(found, file)
-    typer.echo(f"\nrecord: {record}\npage: {page.write(found, out)}")
-    return 1 if found.red else 0
 
 
 @bench.command()

@@ -14,7 +14,25 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
-from pytorch_ext.benchmarks import bench_gelu, bert_contenders, op_limits, page, record, replay, runs, suites
+from pytorch_ext.benchmarks import (
+    __main__ as without_typer,
+)
+from pytorch_ext.benchmarks import (
+    batching,
+    bench_bert,
+    bench_gelu,
+    bert_contenders,
+    op_bench,
+    op_limits,
+    op_report,
+    page,
+    record,
+    replay,
+    runs,
+    suite_models,
+    suite_ops,
+    suites,
+)
 from pytorch_ext.commands.bench import bench
 
 TINY = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 64}
@@ -23,30 +41,29 @@ NAMES = ("eager", "native", "native-padded")
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Two parts of a second: one op, and one BERT."""
+    """A quick run that takes seconds: two ops, and one BERT at two fills."""
     monkeypatch.setattr(bench_gelu, "QUICK_FEATURES", (24,))
     monkeypatch.setattr(bench_gelu, "QUICK_TOKENS", (7,))
-    monkeypatch.setattr(suites, "OPS", (bench_gelu,))
+    monkeypatch.setattr(suite_ops, "OPS", (bench_gelu,))
     monkeypatch.setattr(op_limits, "COPY_BYTES", {"cpu": 1 << 12})
     monkeypatch.setattr(op_limits, "LARGEST_PRODUCT", {"cpu": 256})
-    arguments = suites.op_bench.arguments
-    words = ["--no-compile", "--backends", "native", "--rounds", "3"]
-    monkeypatch.setattr(
-        suites.op_bench, "arguments", lambda name, about, more: arguments(name, about, more + words)
-    )
-    monkeypatch.setattr(suites, "_berts", lambda options, quick: [bert(fill) for fill in ("27", "60")])
-    monkeypatch.setattr(suites, "_trainings", lambda options, quick: [])
+    monkeypatch.setattr(op_bench, "default_names", lambda: ["native"])
+    monkeypatch.setattr(suites, "QUICK", (suite_ops.single, inference))
+
+
+def inference(options):
+    return [bert("27"), bert("60")]
 
 
 def bert(fill, names=NAMES):
     case = bert_contenders.Case(
         **TINY, batch=4, seq=16, fill=fill, dtype=torch.float32, mode="infer", device="cpu"
     )
-    return suites._bert(case, list(names), 3, 1.0)
+    return suite_models.models(case, names, 3, 1.0)
 
 
 def test_a_run_leaves_a_table_a_record_and_a_page(tiny, tmp_path):
-    done = CliRunner().invoke(bench, ["--out", str(tmp_path)])
+    done = CliRunner().invoke(bench, ["--tiny", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "bert: BERT 32 x 1, 4 x 16, 27 %, fp32" in done.output
     raw = json.loads((tmp_path / "quick-fp32.json").read_text())
@@ -76,9 +93,10 @@ def test_a_wrong_kernel_gets_a_red_line_and_no_time(tiny, monkeypatch, tmp_path)
 
         return {**genuine(case), "wrong": ("one bias is off", build)}
 
-    monkeypatch.setattr(suites.bench_bert, "contenders", with_a_wrong_one)
-    monkeypatch.setattr(suites, "_berts", lambda options, quick: [bert("27", (*NAMES, "wrong"))])
-    done = CliRunner().invoke(bench, ["--out", str(tmp_path), "--filter", "bert"])
+    for module in (bench_bert, suite_models):
+        monkeypatch.setattr(module, "contenders", with_a_wrong_one)
+    monkeypatch.setattr(suites, "QUICK", (lambda options: [bert("27", (*NAMES, "wrong"))],))
+    done = CliRunner().invoke(bench, ["--tiny", "--out", str(tmp_path)])
     assert done.exit_code == 1
     assert "wrong DISAGREES" in done.output and "no time is shown" in done.output
     run = runs.load(tmp_path / "quick-fp32.json")
@@ -109,6 +127,68 @@ class Silent(contextlib.nullcontext):
 
     def start(self, label):
         pass
+
+    step = start
+
+
+def tiny_case(mode):
+    return bert_contenders.Case(
+        **TINY, batch=4, seq=32, fill="27", dtype=torch.float32, mode=mode, device="cpu"
+    )
+
+
+def test_batches_hold_the_same_texts_with_less_padding_the_better_they_are_made():
+    work = batching.Texts(tiny_case("infer"), 24)
+    for how in (batching.COME, batching.SORTED, batching.BUDGET):
+        assert sorted(number for batch in work.order(how) for number in batch) == list(range(24))
+        for batch in work.batches(how):
+            assert batch["attention_mask"][:, 0].all()
+    assert work.positions(batching.SORTED) < work.positions(batching.COME)
+    assert len(work.order(batching.BUDGET)) < len(work.order(batching.SORTED))
+    most = 4 * max(work.lengths)
+    assert all(batch["input_ids"].numel() <= most for batch in work.batches(batching.BUDGET))
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_every_way_to_batch_is_compared_text_by_text(mode, monkeypatch):
+    genuine = batching.Texts.order
+
+    def one_text_twice(work, how):
+        batches = genuine(work, how)
+        return [*batches[:-1], [batches[0][0], *batches[-1][1:]]] if how == batching.SORTED else batches
+
+    monkeypatch.setattr(batching.Texts, "order", one_text_twice)
+    found = runs.Run("bert", {})
+    suite_models.in_batches(tiny_case(mode), 12, 2, 1.0).run(found, Silent())
+    names = {one.contender for one in found.series}
+    assert {"eager", "native", "native, by tokens", "cpu-padded, by tokens"} <= names
+    assert all(len(one.seconds) == 2 and one.speedup["pairs"] == 2 for one in found.series)
+    assert {one.contender: one.ours for one in found.series}["native, by tokens"]
+    assert not any("sorted" in name for name in names)  # red, or an error: a text is missing
+    assert any("eager, sorted" in sentence for sentence in found.red + found.notes)
+
+
+def test_without_typer_it_is_the_same_command(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(suites, "command", lambda *what: asked.append(what) or 0)
+    assert without_typer.main(["--suite", "train", "--dtype", "bf16", "--out", str(tmp_path)]) == 0
+    assert asked == [(suites.Options("train", dtype="bf16"), tmp_path)]
+    with pytest.raises(SystemExit):
+        without_typer.main(["--suite", "fast"])
+    assert "--suite must be one of quick, ops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("absent", ["pytest_benchmark", None])
+def test_a_record_does_not_need_pytest_benchmark(absent, monkeypatch, tmp_path):
+    genuine = runs.importlib.util.find_spec
+    monkeypatch.setattr(
+        runs.importlib.util, "find_spec", lambda name: None if name == absent else genuine(name)
+    )
+    run = synthetic(0)
+    run.notes.append("left out: somebody: not here")
+    file = runs.save(run, tmp_path / "record.json")
+    assert ("benchmarks" in json.loads(file.read_text())) == (absent is None)
+    assert runs.load(file) == run
 
 
 @pytest.mark.parametrize(
@@ -141,11 +221,7 @@ def synthetic(seed, slower=1.0, noise=0.02, names=("eager", "native", "cpu")):
     return run
 
 
-def test_the_clock_gives_pytest_benchmark_the_measured_times(tmp_path):
-    run = synthetic(0)
-    run.notes.append("left out: somebody: not here")
-    again = runs.load(runs.save(run, tmp_path / "record.json"))
-    assert again == run
+def test_the_clock_shows_each_duration_in_turn():
     ticking = replay.Clock([0.25, 0.5])
     assert [ticking() for _ in range(4)] == [0.0, 0.25, 0.0, 0.5]
 
@@ -163,14 +239,14 @@ def test_what_runs_in_a_fresh_process_leaves_its_figures():
     case = bert_contenders.Case(
         **TINY, batch=4, seq=16, fill="27", dtype=torch.float32, mode="infer", device="cpu"
     )
-    assert 0 < suites.first_call(case, "native", 1) < 30
+    assert 0 < suite_models.seconds_to_first_result(case, "native", 1) < 30
     found = runs.Run("memory", {})
-    suites._memory(case, "native", found)
+    suite_models._memory(case, "native", found)
     assert found.memory[0]["contender"] == "native" and found.memory[0]["bytes"] >= 0
 
 
 def test_records_that_are_there_are_read():
-    files = sorted(suites.op_bench.op_report.RESULTS.glob("*/be*.json"))
+    files = sorted(op_report.RESULTS.glob("*/be*.json"))
     found = [runs.load(file) for file in files if "families" not in file.name]
     assert len(found) >= 12
     for run in found:
@@ -180,7 +256,7 @@ def test_records_that_are_there_are_read():
 
 @pytest.mark.parametrize("device", ["amd-epyc-avx512-2-threads", "amd-epyc-avx2-2-threads"])
 def test_a_page_is_made_of_the_records_that_are_there(device, tmp_path):
-    records = suites.op_bench.op_report.RESULTS / device
+    records = op_report.RESULTS / device
     done = CliRunner().invoke(bench, ["page", str(records), "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     text = (tmp_path / "index.html").read_text()
@@ -227,16 +303,19 @@ def test_compare_ends_with_the_status_of_a_gate(tmp_path):
 
 
 def test_on_a_gpu_each_op_has_its_kernels_timed_apart(tiny):
-    """With a device whose clock is its own, on CPU tensors: cold, warm, and what cannot be captured is a note."""
+    """With a device whose clock is its own, on CPU tensors: cold, warm, and who cannot be captured is a note."""
 
     class Fake:
-        device, now = "cpu", 0.0
+        device, now, captures = "cpu", 0.0, 0
 
         def event(self):
             return Event()
 
         def captured(self, call):
-            raise RuntimeError("no graph here")
+            self.captures += 1
+            if self.captures == 2:
+                raise RuntimeError("no graph here")
+            return call
 
         flush = stall = synchronize = lambda self: None
 
@@ -250,11 +329,14 @@ def test_on_a_gpu_each_op_has_its_kernels_timed_apart(tiny):
 
     found = runs.Run("ops", {})
     case = bench_gelu.gelu(7, 24)
-    fields = suites.op_bench.contenders(case, ["native"], False, {})
-    result = suites.op_bench.Result(case, "fp32", fields)
-    suites._on_device(case, result, "fp32", Fake(), 4, found)
+    options = op_bench.arguments("bench", "", ["--no-compile", "--backends", "native"])
+    result = op_bench.Result(case, "fp32", op_bench.contenders(case, options, {}))
+    suite_ops.on_device(case, result, "fp32", Fake(), 4, found)
     assert [(one.case.rpartition(", ")[2], one.contender) for one in found.series] == [
-        (how, name) for how in ("cold L2", "warm L2") for name in ("eager", "native")
+        *((how, name) for how in ("cold L2", "warm L2") for name in ("eager", "native")),
+        ("CUDA graph", "eager"),
     ]
-    assert all(one.seconds == [1e-3] * 4 for one in found.series)
-    assert found.notes == ["left out: gelu 7 x 24, no grad, CUDA graph: RuntimeError: no graph here"]
+    for one in found.series:
+        each = 4 if "graph" in one.case else 1  # calls in a graph
+        assert one.seconds == [1e-3 / each] * 4
+    assert found.notes == ["left out: gelu 7 x 24, no grad, CUDA graph, native: RuntimeError: no graph here"]
