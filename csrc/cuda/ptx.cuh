@@ -22,6 +22,13 @@ __device__ inline void copy_async(void* to, const void* from, bool there) {
                  : "memory");
 }
 
+// The same of 4 bytes.
+__device__ inline void copy_word_async(void* to, const void* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 4 : 0)
+                 : "memory");
+}
+
 // The copies of this thread since the last call are a group.
 __device__ inline void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

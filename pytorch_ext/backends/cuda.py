@@ -24,6 +24,9 @@ NAMESPACE = "pytorch_ext_cuda"
 # The kernels keep a row in registers. As WIDEST in csrc/cuda/tensors.h.
 WIDEST = 8192
 NORMS = ("dropout_add_layer_norm", "embedding_layer_norm", "layer_norm")
+ATTENTION = ("scaled_dot_product_attention", "varlen_attention")
+# Those for which csrc/cuda/attention_kernels.cuh has kernels, of two bytes an element, which tensor cores multiply.
+HEAD_SIZES = (32, 64, 96, 128)
 
 
 @functools.cache
@@ -44,7 +47,7 @@ def table(namespace: str) -> dict[str, Callable]:
 
 def why_not(op: str, *tensors: Tensor) -> list[str]:
     reasons = [*_missing(), *on_device(tensors, "cuda"), *capability(tensors, (8, 0)), *dtypes(tensors)]
-    return [*reasons, *_other_architecture(tensors), *_too_wide(op, tensors)]
+    return [*reasons, *_other_architecture(tensors), *_too_wide(op, tensors), *_unfit_heads(op, tensors)]
 
 
 def architectures() -> str | None:
@@ -107,6 +110,26 @@ def _too_wide(op: str, tensors: tuple[Tensor, ...]) -> list[str]:
     of_parameter = op == "layer_norm" and len(tensors) > 1
     cols = tensors[-1].numel() if of_parameter else tensors[0].shape[-1]
     return [f"its rows have at most {WIDEST} elements, and these have {cols}"] if cols > WIDEST else []
+
+
+def _unfit_heads(op: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    if op not in ATTENTION or len(tensors) < 3:
+        return []
+    query, value, mask = tensors[0], tensors[2], tensors[3] if len(tensors) > 3 else None
+    reasons = []
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type) and dtype == torch.float32:
+        dtype = torch.get_autocast_dtype(query.device.type)
+    if dtype == torch.float32:
+        reasons.append(f"its attention is for bfloat16 and float16, and this is {dtype}")
+    if query.shape[-1] not in HEAD_SIZES or value.shape[-1] != query.shape[-1]:
+        found = " and ".join(dict.fromkeys(str(t.shape[-1]) for t in (query, value)))
+        reasons.append(f"its attention is for heads of 32, 64, 96 or 128 elements, and these have {found}")
+    if mask is not None and mask.dtype != torch.bool:
+        reasons.append(f"its attention takes masks of torch.bool, and this one is {mask.dtype}")
+    elif mask is not None and mask.dim() > 1 and mask.shape[-2] > 1 and mask.stride(-2) != 0:
+        reasons.append("its attention takes masks of keys, and this one differs from query to query")
+    return reasons
 
 
 # Activation -> whether cuBLASLt's epilogue, which `_addmm_activation` asks for, is GELU, in its tanh form, or ReLU.

@@ -41,7 +41,7 @@ def scaled_dot_product_attention(
         RuntimeError: a shape, dtype or device that does not fit.
     """
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
-    backend = choose("scaled_dot_product_attention", query, key, value)
+    backend = choose("scaled_dot_product_attention", query, key, value, attn_mask)
     if backend == "native":
         return native(query, key, value, attn_mask, dropout_p, is_causal, scale)
     query, key, value = lowered(query, key, value)

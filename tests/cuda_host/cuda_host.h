@@ -174,6 +174,7 @@ inline int __all_sync(uint32_t mask, int yes, CUDA_HOST_PLACE) {
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
+inline int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b >> 32; }
 inline uint32_t __float_as_uint(float x) {
     uint32_t bits;
@@ -194,6 +195,11 @@ T __ldg(const T* p) {
 #define rsqrtf(x) (1.0f / std::sqrt(static_cast<float>(x)))  // newer C libraries have a function of that name
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
+// The compiler would fuse a plain product with the sum that it becomes part of.
+inline float __fmul_rn(float a, float b) {
+    float product = a * b;
+    asm("" : "+m"(product));
+    return product;
+}
 using std::max;
 using std::min;

@@ -8,6 +8,10 @@ inline void copy_async(void* to, const void* from, bool there) {
     cuda_host::async_copy(to, from, there ? 16 : 0, 16);
 }
 
+inline void copy_word_async(void* to, const void* from, bool there) {
+    cuda_host::async_copy(to, from, there ? 4 : 0, 4);
+}
+
 inline void end_copy_group() { cuda_host::async_commit(); }
 
 template <int LEFT>

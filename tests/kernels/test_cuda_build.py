@@ -1,6 +1,6 @@
 """What nvcc makes of `csrc/cuda`, without a GPU: no warnings, no spills, as many registers as planned, wide loads.
 
-`make test` compiles one architecture and one dtype as one file, by the flags of the build. What was compiled is kept in
+`make test` compiles one architecture, one dtype and one size of heads as one file, by the flags of the build. What was compiled is kept in
 `build/cuda_gates`, under a name made from everything that went into it.
 """
 
@@ -73,13 +73,13 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def compiled_for(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+def compiled_for(architecture: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> Compiled:
     library, nvcc = plan_of(architecture, monkeypatch)
     flags = next(made.flags for made in library.objects if made.rule == "nvcc")
     # The host's code is not looked at. Half the time goes to reading headers, so they are read once.
     flags = [flag for flag in flags if flag != "-O3"]
     flags += ["-O0", "-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", "-Xptxas=-v"]
-    flags += ["-DPYTORCH_EXT_ONLY_BFLOAT16"]
+    flags += ["-DPYTORCH_EXT_ONLY_BFLOAT16", *more]
     text = "".join(f'#include "{SOURCES / stem}.cu"\n' for stem in STEMS)
     digest = hashlib.sha256(" ".join([nvcc.release, torch.__version__, text, *flags]).encode())
     for path in sorted(SOURCES.iterdir()):
@@ -132,7 +132,7 @@ def plans() -> dict[str, tuple[int, bool]]:
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return compiled_for("8.0", monkeypatch)
+        return compiled_for("8.0", monkeypatch, "-DPYTORCH_EXT_ONLY_HEAD=64")
 
 
 def check_registers(kernels: list[Kernel]) -> None:

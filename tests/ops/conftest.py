@@ -204,7 +204,9 @@ CASES = [
 
 
 def _able(op: str) -> list[str]:
-    return [name for name in backends.available() if not backends.why_not(name, op)]
+    able = [name for name in backends.available() if not backends.why_not(name, op)]
+    # The attention of csrc/cuda has kernels for two dtypes and four head sizes: tests/cuda_host/test_attention.py.
+    return [name for name in able if name != "cuda" or "attention" not in op]
 
 
 def _marked(*values, name: str, id: str):
