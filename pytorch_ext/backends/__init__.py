@@ -10,7 +10,7 @@ A module or package of this folder whose name has no leading underscore is a bac
 - if it lays weights out for inference, ``drop_layouts(weights)`` and ``layout_bytes(weights)``.
 """
 
-from ._choice import BackendError, choose, requested, use
+from ._choice import BackendError, choose, offered, requested, use
 from ._exporting import exporting, portable
 from ._registry import available, drop_layouts, explain, kernel, layout_bytes, names, why_not
 
@@ -24,6 +24,7 @@ __all__ = [
     "kernel",
     "layout_bytes",
     "names",
+    "offered",
     "portable",
     "requested",
     "use",

@@ -103,6 +103,14 @@ def choose(op: str, *tensors: Tensor | None) -> str:
     return name
 
 
+def offered(op: str, *tensors: Tensor) -> str | None:
+    """The backend that would run ``op``, of those that only some have; None where its parts have to be run instead."""
+    name = requested()
+    if name == "auto":
+        name = _auto.fastest(op, tensors[0])
+    return None if name == "native" or _transformed() or why_not(name, op, *tensors) else name
+
+
 def _transformed() -> bool:
     """Our kernels have no rule for ``torch.func`` or for forward-mode AD, and would drop a tangent in silence."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()

@@ -23,7 +23,7 @@ LIBRARY = "pytorch_ext._cuda"
 NAMESPACE = "pytorch_ext_cuda"
 # The kernels keep a row in registers. As WIDEST in csrc/cuda/tensors.h.
 WIDEST = 8192
-NORMS = ("dropout_add_layer_norm", "embedding_layer_norm", "layer_norm")
+NORMS = ("dropout_add_layer_norm", "embedding_layer_norm", "encoder_layer", "layer_norm")
 ATTENTION = ("scaled_dot_product_attention", "varlen_attention")
 # Those for which csrc/cuda/attention_kernels.cuh has kernels, of two bytes an element, which tensor cores multiply.
 HEAD_SIZES = (32, 64, 96, 128)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..nn._whole import PostNorm, as_one
 from . import _bypass as bypass
 from ._attention import attend
 from ._blocks import linear_activation, query_key_value, residual_norm
@@ -74,6 +75,9 @@ def fused_layer(
         x = packed.unpad(x)
     rate = parts.attention_dropout
     with scope(layer):
+        whole = None if packed is None or bias is not None else _as_one(parts, x, packed)
+        if whole is not None:
+            return packed.pad(whole) if padded else whole
         context = attend(
             *query_key_value(layer, (parts.query, parts.key, parts.value), parts.head_dim, x),
             None if packed is not None else attention_mask(mask),
@@ -85,6 +89,29 @@ def fused_layer(
         hidden = linear_activation(parts.up, parts.activation, x)
         x = residual_norm(*parts.output, hidden, x)
     return packed.pad(x) if padded else x
+
+
+def _as_one(parts: PostNormParts, x: Tensor, packed: Packed) -> Tensor | None:
+    """The layer as one op, where a backend has it and nothing is in its way."""
+
+    def of_three() -> PostNorm | None:
+        three = (parts.query, parts.key, parts.value)
+        first, second = parts.attention_output, parts.output
+        if not all(map(bypass.plain_linear, (*three, first.dense))):
+            return None
+        return PostNorm(
+            in_weights=[m.weight for m in three],
+            in_biases=[m.bias for m in three],
+            out=first.dense,
+            norm1=first.norm,
+            up=parts.up,
+            activation=parts.activation,
+            down=second.dense,
+            norm2=second.norm,
+            dropouts=(parts.attention_dropout, first.dropout, second.dropout),
+        )
+
+    return as_one(x, packed, of_three, parts.head_dim)
 
 
 def bert_parts(layer: nn.Module) -> PostNormParts:

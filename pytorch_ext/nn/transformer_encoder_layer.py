@@ -6,6 +6,8 @@ from ._adopt import adopt
 from ._attendance import Attendance, check_masks
 from ._blocks import add_norm, layer_norm, linear_activation, linear_product
 from ._layer import attendance_of, attention_block, calls_its_modules, feed_forward
+from ._whole import PostNorm, as_one
+from .multihead_attention import inputs_fit, plain_attention
 
 
 class TransformerEncoderLayer(nn.TransformerEncoderLayer):
@@ -48,12 +50,39 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 def _norm_last(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> Tensor:
+    whole = None if where.packed is None else _as_one(layer, x, where)
+    if whole is not None:
+        return whole
     ends = layer.dropout1, layer.norm1
     y, bias = attention_block(layer.self_attn, x, x, where, x, *ends)
     x = add_norm(y, bias, x, *ends)
     ends = layer.dropout2, layer.norm2
     y, bias = linear_product(feed_forward(layer, x), layer.linear2, x, *ends)
     return add_norm(y, bias, x, *ends)
+
+
+def _as_one(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> Tensor | None:
+    """The layer as one op, where a backend has it and nothing is in its way."""
+    attention = layer.self_attn
+
+    def of_one() -> PostNorm | None:
+        fits = plain_attention(attention) and inputs_fit(attention, x, x, x)
+        drops = attention.training and attention.dropout > 0.0
+        if not fits or drops or attention.in_proj_weight is None:
+            return None
+        return PostNorm(
+            in_weights=[attention.in_proj_weight],
+            in_biases=[attention.in_proj_bias],
+            out=attention.out_proj,
+            norm1=layer.norm1,
+            up=layer.linear1,
+            activation=layer.activation,
+            down=layer.linear2,
+            norm2=layer.norm2,
+            dropouts=(layer.dropout, layer.dropout1, layer.dropout2),
+        )
+
+    return as_one(x, where.packed, of_one, getattr(attention, "head_dim", 0), where.causal)
 
 
 def _norm_first(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> Tensor:

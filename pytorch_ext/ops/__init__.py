@@ -1,5 +1,6 @@
 """The public functions: checked arguments, one backend chosen, one autograd formula each."""
 
+from . import encoder_layer as _encoder_layer  # noqa: F401  (defines its raw op, and has no public function)
 from .attention import scaled_dot_product_attention
 from .bias_gelu import bias_gelu
 from .dropout_add_layer_norm import dropout_add_layer_norm
