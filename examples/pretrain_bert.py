@@ -21,19 +21,17 @@ import pytorch_ext
 from pytorch_ext.benchmarks.timing import peak_memory
 from pytorch_ext.demo import texts
 from pytorch_ext.models import BertConfig, BertForPreTraining
+from pytorch_ext.training import recompute
 from pytorch_ext.training.pretraining import Masking, Pair, pair_up, train_wordpiece
 
 SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 
 
-def sentences() -> list[list[str]]:
-    """The sentences of each module's docstrings: neighbours in a file say something about one another."""
-    library = texts.standard_library()
-    modules = itertools.groupby(library, key=lambda text: text.name.partition(".")[0])
-    return [
-        [sentence for text in module for sentence in SENTENCE_ENDS.split(text.text) if sentence.strip()]
-        for _, module in modules
-    ]
+def documents_of_sentences() -> list[list[str]]:
+    """The sentences of each docstring that has several."""
+    split = (SENTENCE_ENDS.split(text.text) for text in texts.standard_library())
+    documents = ([sentence for sentence in one if sentence.strip()] for one in split)
+    return [document for document in documents if len(document) > 1]
 
 
 def make_model(vocabulary: int, length: int, optimised: bool) -> nn.Module:
@@ -62,9 +60,11 @@ def make_batches(
             yield masking.batch(pairs[start : start + size], generator)
 
 
-def step_of(batch: dict[str, Tensor], vocabulary: int, length: int, optimised: bool) -> Callable[[], None]:
-    """For a fresh process, which measures its memory: forward and backward of a model."""
-    model = make_model(vocabulary, length, optimised)
+def step_of(batch: dict[str, Tensor], vocabulary: int, length: int, kept: str | None) -> Callable[[], None]:
+    """For a fresh process, which measures its memory: forward and backward; ``kept`` None is the original."""
+    model = make_model(vocabulary, length, kept is not None)
+    if kept == "products":
+        recompute(model, "selective")
 
     def step() -> None:
         model.zero_grad(set_to_none=False)
@@ -76,7 +76,7 @@ def step_of(batch: dict[str, Tensor], vocabulary: int, length: int, optimised: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=16, help="pairs in a batch")
+    parser.add_argument("--batch", type=int, default=32, help="pairs in a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens of a pair, at most")
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -86,13 +86,13 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=Path("pretrain-bert.png"))
     options = parser.parse_args()
 
-    written = sentences()
+    written = documents_of_sentences()
     tokenizer = train_wordpiece(itertools.chain(*written), options.vocabulary)
     masking = Masking.of(tokenizer)
-    documents = [[e.ids for e in tokenizer.encode_batch(document)] for document in written if document]
+    documents = [[e.ids for e in tokenizer.encode_batch(document)] for document in written]
     tokens = sum(len(sentence) for document in documents for sentence in document)
     print(
-        f"{tokens:,} tokens in {len(documents)} modules, {masking.vocabulary:,} WordPieces, fp32 on the CPU"
+        f"{tokens:,} tokens in {len(documents)} docstrings, {masking.vocabulary:,} WordPieces, fp32 on the CPU"
     )
 
     runs = [
@@ -102,12 +102,10 @@ def main() -> None:
     batches = make_batches(documents, masking, options.length, options.batch)
     take_turns(*runs, batches, options.steps)
     batch = next(batches)
-    for name in ("original", "optimised"):
-        used = peak_memory(step_of, batch, masking.vocabulary, options.length, name == "optimised")
-        if used is not None:
-            print(
-                f"  {name:9}  {used.bytes / 2**20:.0f} MiB at the peak of a step, above weights and gradients"
-            )
+    print("at the peak of a step, above weights and gradients:")
+    for name, kept in (("original", None), ("optimised", "all"), ("recompute(…, 'selective')", "products")):
+        used = peak_memory(step_of, batch, masking.vocabulary, options.length, kept)
+        print(f"  {name:25}  {'unknown' if used is None else f'{used.bytes / 2**20:.0f} MiB'}", flush=True)
     draw(*runs, "Pretraining a small BERT, the same batches", options.picture)
     if options.save is not None:
         runs[1].model.save_pretrained(options.save)

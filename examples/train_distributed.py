@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pytorch_ext
 from pytorch_ext.models import BertConfig, BertForSequenceClassification
-from pytorch_ext.training import PipelinePart, tensor_parallel
+from pytorch_ext.training import PipelinePart, recompute, tensor_parallel
 
 WAYS = ("one", "ddp", "fsdp", "tp", "pp")
 BATCH, SEQLEN, CLASSES, VOCABULARY = 8, 24, 3, 96
@@ -136,7 +136,8 @@ def train(
     way: str, steps: int, device: torch.device, dtype: torch.dtype, options: argparse.Namespace
 ) -> list[float]:
     """The losses of ``steps`` steps."""
-    training = Training(way, make_model(device, dtype, options.model), device)
+    model = recompute(make_model(device, dtype, options.model), options.recompute)
+    training = Training(way, model, device)
     if options.load is not None:
         training.load(options.load)
     losses = [training.step(*make_batch(options.first + step, device)) for step in range(steps)]
@@ -145,7 +146,7 @@ def train(
     return losses
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parallel", choices=WAYS, default="one")
     parser.add_argument("--steps", type=int, default=10)
@@ -154,8 +155,9 @@ def main() -> None:
     parser.add_argument("--save", type=Path, metavar="FOLDER")
     parser.add_argument("--load", type=Path, metavar="FOLDER")
     parser.add_argument("--losses", type=Path, metavar="FILE", help="write the losses there, as JSON")
+    parser.add_argument("--recompute", choices=("layers", "selective"), help="time for memory")
     parser.add_argument("--float64", action="store_true", help="compute in float64, to compare ways exactly")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("MASTER_ADDR", "localhost")
@@ -166,14 +168,17 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world)
+    started = dist.is_initialized()  # by somebody who runs several ways in one go
+    if not started:
+        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=world)
     dtype = torch.float64 if options.float64 else torch.float32
     losses = train(options.parallel, options.steps, device, dtype, options)
     if rank == 0:
         print(f"{options.parallel}, {world} processes: loss {losses[0]:.4f} -> {losses[-1]:.4f}")
         if options.losses is not None:
             options.losses.write_text(json.dumps(losses))
-    dist.destroy_process_group()
+    if not started:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""One of two processes that compute on halves of tensors what one computes on whole ones (``test_distributed.py``)."""
+"""Two processes compute on halves of tensors what one computes on whole ones: run by ``two_processes.py``."""
 
 import warnings
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
@@ -17,11 +16,9 @@ from pytorch_ext.training import tensor_parallel
 BACKENDS = ("reference", "cpu")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def check_all(mesh) -> list[str]:
+    """The backends with which every op was checked."""
     warnings.filterwarnings("ignore", message=".*experimental")
-    dist.init_process_group("gloo")
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     names = [name for name in BACKENDS if name in backends.available()]
     for backend in names:
         for case in cases():
@@ -29,9 +26,7 @@ def main() -> None:
     with backends.use("reference"):
         norms_by_sequence(mesh)
         layers_by_features(mesh)
-    if dist.get_rank() == 0:
-        print("every op, with", *names)
-    dist.destroy_process_group()
+    return names
 
 
 def cases():
@@ -171,7 +166,3 @@ def layers_by_features(mesh) -> None:
 def close(got, want, what) -> None:
     rtol, atol = (1e-4, 1e-5) if want.dtype == torch.float32 else (1e-9, 1e-10)
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """Two processes that speak over gloo do what one does: losses, weights, checkpoints, and ops on parts of tensors."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,10 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys as load_all
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples/train_distributed.py"
-SHARDED_OPS = Path(__file__).with_name("sharded_ops.py")
-WAYS = ("ddp", "fsdp", "tp", "pp")
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/train_distributed.py"
+TOGETHER = Path(__file__).with_name("two_processes.py")
 
 pytestmark = [
     pytest.mark.full,
@@ -24,38 +23,55 @@ pytestmark = [
 ]
 
 
-def start(processes, script, *arguments):
-    command = [sys.executable, script, *map(str, arguments)]
-    if processes > 1:
-        torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-        command = [*torchrun, "--nproc-per-node", str(processes), *command[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Trains in this process: the losses of the example, told what else it is to do."""
+    spec = importlib.util.spec_from_file_location("train_distributed", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    losses = tmp_path_factory.mktemp("alone") / "losses.json"
 
+    def alone(*more):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MASTER_PORT", "0")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            example.main([str(value) for value in ("--float64", "--losses", losses, *more)])
+        return json.loads(losses.read_text())
 
-def example(folder, way, processes, *more):
-    """The losses of ten steps, and the checkpoint after them."""
-    out = start(processes, EXAMPLE, "--parallel", way, "--float64", "--losses", folder / f"{way}.json", *more)
-    assert f"{way}, {processes} processes" in out
-    return json.loads((folder / f"{way}.json").read_text())
+    return alone
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    losses = example(folder, "one", 1, "--save", folder / "saved")
-    assert losses[-1] < 0.6 * losses[0], "it learns"
-    return losses, load_all(checkpoint_id=str(folder / "saved"))
+def folder(alone, tmp_path_factory):
+    """What both sides leave: ``<name>.json`` has losses, ``<name>`` is a checkpoint after ten steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "one.json").write_text(json.dumps(alone("--save", folder / "one")))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        (*torchrun, TOGETHER, EXAMPLE, folder),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "every op" in done.stdout
+    return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_ten_steps_of_two_processes_are_those_of_one(alone, tmp_path, way):
-    expected, weights = alone
-    losses = example(tmp_path, way, 2, "--save", tmp_path / "saved")
-    assert losses == pytest.approx(expected, rel=1e-10)
-    saved = load_all(checkpoint_id=str(tmp_path / "saved"))
+@pytest.fixture
+def losses(folder):
+    return lambda name: json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "tp", "pp"])
+def test_ten_steps_of_two_processes_are_those_of_one(folder, losses, way):
+    expected = losses("one")
+    assert len(expected) == 10 and expected[-1] < 0.6 * expected[0], "it learns"
+    assert losses(way) == pytest.approx(expected, rel=1e-10)
+    weights, saved = (load_all(checkpoint_id=str(folder / name)) for name in ("one", way))
     assert saved.keys() == weights.keys()
     for name, weight in weights.items():
         # Where the gradient is rounding alone AdamW's step is any: softmax does not see the bias of the keys.
@@ -63,18 +79,14 @@ def test_ten_steps_of_two_processes_are_those_of_one(alone, tmp_path, way):
             torch.testing.assert_close(saved[name], weight, rtol=1e-7, atol=1e-9, msg=name)
 
 
-def test_a_checkpoint_of_two_processes_loads_with_one_and_the_other_way_round(tmp_path):
-    saved = tmp_path / "saved"
-    example(tmp_path, "tp", 2, "--save", saved, "--steps", 3)
-    alone = example(
-        tmp_path, "one", 1, "--load", saved, "--first", 3, "--steps", 2, "--save", tmp_path / "one"
-    )
-    parts = example(tmp_path, "pp", 2, "--load", saved, "--first", 3, "--steps", 2)
-    assert parts == pytest.approx(alone, rel=1e-10)
-    shards = example(tmp_path, "fsdp", 2, "--load", tmp_path / "one", "--first", 5, "--steps", 1)
-    again = example(tmp_path, "one", 1, "--load", tmp_path / "one", "--first", 5, "--steps", 1)
-    assert shards == pytest.approx(again, rel=1e-10)
+@pytest.mark.parametrize("name", ["ddp-layers", "fsdp-selective", "tp-layers"])
+def test_what_is_computed_once_more_is_the_same(losses, name):
+    assert losses(name) == pytest.approx(losses("one")[:3], rel=1e-10)
 
 
-def test_ops_on_parts_of_tensors():
-    assert "every op" in start(2, SHARDED_OPS)
+@pytest.mark.parametrize(("saved", "name"), [("tp", "pp-after-tp"), ("one", "fsdp-after-one")])
+def test_a_checkpoint_of_two_processes_loads_with_one_and_the_other_way_round(
+    folder, losses, alone, saved, name
+):
+    expected = alone("--load", folder / saved, "--first", 10, "--steps", 2)
+    assert losses(name) == pytest.approx(expected, rel=1e-10)
