@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..backends import requested
 from ._padding import Packed, add_note
@@ -107,7 +108,7 @@ class Graphs:
         """
         with self._lock:
             if not self._parts.unchanged():
-                self.drop()
+                self._drop()
                 self._parts = Parts(encoder)
             if torch.is_grad_enabled() and (x.requires_grad or self._parts.need_grad()):
                 return "gradients are enabled"
@@ -127,7 +128,11 @@ class Graphs:
                 graph.replay()
                 return read(graph.out[: x.shape[0]])
 
-    def drop(self) -> None:
+    def close(self) -> None:
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
         self._recorder.finish()
         self._graphs.clear()
 
@@ -177,7 +182,7 @@ def replayed(
     """
     if recorder is None or torch.compiler.is_compiling():
         return None
-    result = recorder.why_not(x) or _handed_tensors(handed_down or {})
+    result = _looks_on(x) or recorder.why_not(x) or _handed_tensors(handed_down or {})
     if result is None:
         lengths, read = _layout(x, packed)
         if lengths is None or sum(lengths) == 0:
@@ -186,6 +191,7 @@ def replayed(
             with _making:
                 graphs = _of_encoders.get(encoder)
                 if graphs is None or graphs.device != x.device:
+                    forget(encoder)
                     graphs = _of_encoders[encoder] = Graphs(encoder, x.device, recorder)
             tokens = x.flatten(0, 1) if packed is None else x
             settings = (*_settings(x), *sorted((handed_down or {}).items()))
@@ -200,7 +206,7 @@ def replayed(
 def forget(encoder: nn.Module) -> None:
     graphs = _of_encoders.pop(encoder, None)
     if graphs is not None:
-        graphs.drop()
+        graphs.close()
 
 
 def _layout(x: Tensor, packed: Packed | None) -> tuple[list[int] | None, Callable[[Tensor], Tensor]]:
@@ -208,6 +214,17 @@ def _layout(x: Tensor, packed: Packed | None) -> tuple[list[int] | None, Callabl
         return packed.lengths, packed.pad
     shape = x.shape
     return [shape[1]] * shape[0], lambda tokens: tokens.clone().view(shape)
+
+
+def _looks_on(x: Tensor) -> str | None:
+    looks_on = (
+        type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+    return "something traces or transforms the call" if looks_on else None
 
 
 def _handed_tensors(handed_down: dict[str, Any]) -> str | None:

@@ -72,7 +72,8 @@ class CudaRecorder:
         # Other threads may go on allocating memory meanwhile.
         how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         try:
-            with torch.cuda.graph(graph, **how):
+            # A capture that fails would leave its stream the current one.
+            with torch.cuda.stream(current), torch.cuda.graph(graph, **how):
                 out = work(*inputs)
         except RuntimeError as error:
             raise Uncapturable(str(error).partition("\n")[0]) from error

@@ -194,6 +194,8 @@ def test_batches_that_get_no_graph(monkeypatch):
     x = torch.randn(2, 8, 16)
     assert torch.equal(run(x)[0], x * 2)
     assert run(x.new_zeros(0, 8, 16))[0] is None
+    with torch.autograd.forward_ad.dual_level():
+        assert run(x)[1].endswith("something traces or transforms the call")
     assert run(x.new_zeros(1, MOST_TOKENS + 1, 16))[1].endswith(
         f"9216 tokens, and the largest has {MOST_TOKENS}"
     )
