@@ -21,8 +21,8 @@ from ._parts import Parts
 from ._recorder import Recorder, Uncapturable
 
 LEAST = 16  # tokens of a graph, and of its longest sequence
-MOST_TOKENS = 8192  # larger batches keep a GPU busy for longer than the host takes to launch their kernels
-MOST_GRAPHS = 64  # of one encoder: each takes memory, and a second or so to capture
+MOST_TOKENS = 8192  # the more there are, the less of the time goes to launching
+MOST_GRAPHS = 64  # of one encoder: each takes memory, and time to capture
 
 Layers = Callable[[Tensor, Packed], Tensor]
 
