@@ -70,7 +70,7 @@ Launch over(const Tensor& x, int64_t rows, int cols) {
                   current_stream(x)};
 }
 
-Tensor bias_gelu_fwd(const Tensor& input, const Tensor& bias, const std::string& approximate) {
+Tensor bias_gelu_fwd(const Tensor& input, const Tensor& bias, const Word& approximate) {
     const OnDevice device(input);
     const ScalarType dtype = input.scalar_type();
     const Tensor out = new_empty(input, input.sizes(), dtype);
@@ -88,7 +88,7 @@ Tensor bias_gelu_fwd(const Tensor& input, const Tensor& bias, const std::string&
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& input, const Tensor& bias,
-                                         const std::string& approximate) {
+                                         const Word& approximate) {
     const OnDevice device(input);
     const ScalarType dtype = input.scalar_type();
     const Tensor dinput = new_empty(input, input.sizes(), dtype), dbias = gradient_of(bias, dout);

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(L::THREADS)
 }
 
 // Each block takes every gridDim.x-th group of rows, and leaves its sums of their parameters' gradients behind.
-// Plan: at most 255 registers, for two blocks of 128 threads; spills.
+// Plan: at most 255 registers, for two blocks of 128 threads.
 template <class L>
 __global__ void __launch_bounds__(L::THREADS)
     dropout_add_layer_norm_bwd_kernel(Rows<const typename L::T> dout, Rows<const typename L::T> dsum,
@@ -63,7 +63,6 @@ __global__ void __launch_bounds__(L::THREADS)
                                       float* dx_bias_partial, int64_t rows, int cols, bool aligned) {
     using T = typename L::T;
     const Place<L> at;
-    const Philox philox(dropout.rng);
     float dw[L::E] = {}, db[L::E] = {}, dx_bias[L::E] = {};
     for (int64_t row = at.row; row < rows; row += at.step) {
         uint4 dy_chunks[L::CHUNKS], x_chunks[L::CHUNKS];
@@ -73,6 +72,7 @@ __global__ void __launch_bounds__(L::THREADS)
         widen_row<L>(dy, dy_chunks);
         widen_row<L>(x_hat, x_chunks);
         normalize_backward<L>(dy, x_hat, dw, db, {mean[row], rstd[row]}, w, at, cols, aligned);
+        const Philox philox(dropout.rng);  // read anew for each row: from row to row it would take registers
 #pragma unroll
         for (int c = 0; c < L::CHUNKS; ++c) {
             auto& chunk = chunk_of<L>(dy, c);

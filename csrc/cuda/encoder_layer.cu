@@ -5,6 +5,9 @@
 // stable ABI has for that. They allocate their results, and each is let go of after its last use, so the allocator gives
 // its memory to the next: no less than one workspace would, whose parts would cost a call each to name.
 
+#ifdef PYTORCH_EXT_CUDA_HOST  // there the attention that it calls has no other dtype
+#define PYTORCH_EXT_ONLY_BFLOAT16
+#endif
 #include "norms.cuh"
 
 #define PYTORCH_EXT_IN_WORDS(name) #name
@@ -67,8 +70,7 @@ Tensor aten_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& 
     return dispatched<3>("aten::linear", {stable(x), stable(weight), stable(bias)});
 }
 
-Tensor up_projection(const Tensor& x, const Tensor& weight, const Tensor& bias,
-                     const std::string& activation) {
+Tensor up_projection(const Tensor& x, const Tensor& weight, const Tensor& bias, const Word& activation) {
     if (activation == "relu") return dispatched<1>("aten::relu_", {stable(aten_linear(x, weight, bias))});
     const std::string form = activation == "gelu_tanh" ? "tanh" : "none";
     return dispatched<3>(PYTORCH_EXT_NAME(PYTORCH_EXT_OPS, "bias_gelu_fwd"),
@@ -130,8 +132,8 @@ Tensor encoder_layer_fwd(const Tensor& input, const std::vector<Tensor>& in_weig
                          const Tensor& up_weight, const Tensor& up_bias, const Tensor& down_weight,
                          const Tensor& down_bias, const Tensor& norm2_weight,
                          const OptionalTensor& norm2_bias, const Tensor& cu_seqlens, int64_t max_seqlen,
-                         int64_t heads, const std::string& activation, bool is_causal, double scale,
-                         double eps1, double eps2) {
+                         int64_t heads, const Word& activation, bool is_causal, double scale, double eps1,
+                         double eps2) {
     const OnDevice device(input);
     const Tensor x = dense(input);
     if (x.numel() == 0) return new_empty(x, x.sizes());

@@ -56,7 +56,7 @@ Launch over(const Tensor& x) {
     return Launch{static_cast<unsigned>(blocks), THREADS, 0, current_stream(x)};
 }
 
-Tensor gelu_fwd(const Tensor& input, const std::string& approximate) {
+Tensor gelu_fwd(const Tensor& input, const Word& approximate) {
     const OnDevice device(input);
     const Tensor x = dense(input), out = new_empty(x, x.sizes());
     if (x.numel() == 0) return out;
@@ -68,7 +68,7 @@ Tensor gelu_fwd(const Tensor& input, const std::string& approximate) {
     return out;
 }
 
-Tensor gelu_bwd(const Tensor& dout, const Tensor& input, const std::string& approximate) {
+Tensor gelu_bwd(const Tensor& dout, const Tensor& input, const Word& approximate) {
     const OnDevice device(input);
     const Tensor x = dense(input), dy = dense(cast(dout, x.scalar_type())), dx = new_empty(x, x.sizes());
     if (x.numel() == 0) return dx;

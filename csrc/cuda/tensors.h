@@ -31,6 +31,11 @@ using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 using torch::headeronly::IntHeaderOnlyArrayRef;
 
+// A str among the arguments of an op. PyTorch's conversion to std::string (2.11 to 2.13) loses one in each call.
+struct Word : std::string {
+    using std::string::string;
+};
+
 // Rows that are wider go to another backend: csrc/cuda keeps a row in registers.
 constexpr int64_t WIDEST = 8192;
 
@@ -174,3 +179,17 @@ bool all_aligned(const Parts&... parts) {
 }
 
 }  // namespace pytorch_ext::cuda
+
+template <>
+struct torch::stable::detail::ToImpl<pytorch_ext::cuda::Word> {
+    static pytorch_ext::cuda::Word call(StableIValue value, uint64_t, bool) {
+        const auto handle = to<StringHandle>(value);
+        size_t length = 0;
+        const char* text = nullptr;
+        TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+        TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+        const pytorch_ext::cuda::Word word(text, length);
+        TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+        return word;
+    }
+};

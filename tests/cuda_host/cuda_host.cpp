@@ -2,16 +2,17 @@
 
 #include "cuda_host.h"
 
-#include <cxxabi.h>
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <torch/headeronly/util/Exception.h>
 #include <ucontext.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <sstream>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -113,19 +114,28 @@ std::mt19937 random_numbers;
 constexpr size_t GUARD = 4096;          // behind shared memory
 constexpr unsigned char POISON = 0xff;  // NaN in every element type
 
-std::string where(const uint3& thread) {
+// The loader knows no names of an anonymous namespace; what -g1 leaves in the file does.
+std::string kernel_name() {
     Dl_info info{};
-    std::string name = "a kernel";
-    if (dladdr(kernel_address, &info) && info.dli_sname) {
-        int status = 0;
-        char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-        name = status == 0 ? demangled : info.dli_sname;
-        std::free(demangled);
+    if (!dladdr(kernel_address, &info)) return "a kernel";
+    std::ostringstream command;
+    // A sanitizer that was preloaded is for this process alone.
+    command << "env -u LD_PRELOAD addr2line -Cfe '" << info.dli_fname << "' " << std::showbase << std::hex
+            << static_cast<char*>(kernel_address) - static_cast<char*>(info.dli_fbase) << " 2>/dev/null";
+    std::string name;
+    if (FILE* answer = popen(command.str().c_str(), "r")) {
+        for (int c = std::fgetc(answer); c != EOF && c != '\n'; c = std::fgetc(answer))
+            name += static_cast<char>(c);
+        pclose(answer);
     }
+    return name.empty() || name[0] == '?' ? "a kernel" : name;
+}
+
+std::string where(const uint3& thread) {
     const auto triple = [](const uint3& i) {
         return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
     };
-    return name + ", block " + triple(blockIdx) + ", thread " + triple(thread);
+    return kernel_name() + ", block " + triple(blockIdx) + ", thread " + triple(thread);
 }
 
 std::string in_words(const Place& place) {
