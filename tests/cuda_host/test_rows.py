@@ -15,20 +15,25 @@ ROOT = HERE.parents[1]
 STEMS = ("bias_gelu", "dropout_add_layer_norm", "embedding_layer_norm", "gelu", "layer_norm")
 
 
-def run_op_tests(stems, files, order="shuffled", sources=None, *arguments) -> subprocess.CompletedProcess:
+def run_op_tests(
+    stems, files, order="shuffled", sources=None, *arguments, **environment
+) -> subprocess.CompletedProcess:
     """Runs tests/ops/test_<file>.py with the backend `cuda`, of which these stems are loaded."""
+    paths = [f"tests/ops/test_{file}.py" for file in files]
+    environment = {"CUDA_HOST_STEMS": " ".join(stems), "PYTHONPATH": str(HERE)}
+    return run_tests(paths, order, sources, "-p", "plugin", *arguments, **environment)
+
+
+def run_tests(paths, order, sources, *arguments, **environment) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
+        **environment,
         **({"CUDA_HOST_SOURCES": str(sources)} if sources else {}),
         "CUDA_HOST_ORDER": order,
-        "CUDA_HOST_STEMS": " ".join(stems),
-        "PYTHONPATH": str(HERE),
+        **environment,
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", *arguments]
-    paths = [f"tests/ops/test_{file}.py" for file in files]
-    return subprocess.run(
-        [*command, *paths], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, *paths]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def assert_passed(done: subprocess.CompletedProcess, at_least: int) -> None:
@@ -54,6 +59,22 @@ def test_compiled_and_differentiated(builder):
     assert_passed(run_op_tests(STEMS, files, "ascending"), 100)
 
 
+@pytest.mark.full
+def test_nothing_is_read_or_written_that_should_not_be(builder):
+    """Under the sanitizers of addresses and of undefined behaviour, which end the process at the first."""
+    stems = ("dropout_add_layer_norm", "embedding_layer_norm")
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    found = (subprocess.check_output([builder.compiler(), f"-print-file-name={name}"]) for name in names)
+    sanitized = {
+        "CUDA_HOST_SANITIZE": "1",
+        # All have to be there before Python is. It does not free everything at its end.
+        "LD_PRELOAD": ":".join(path.decode().strip() for path in found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    done = run_op_tests(stems, [*stems, "every_op_layouts"], "shuffled", None, "-m", "not full", **sanitized)
+    assert_passed(done, 60)
+
+
 # Each is a mistake that is easily made: the stem to run, the file, what is right and what is wrong there.
 FAULTS = {
     "a bound one too far": ("layer_norm", "vec.cuh", "i < count ? p[i]", "i <= count ? p[i]"),
@@ -71,6 +92,19 @@ FAULTS = {
     ),
     "one word for eight columns": ("dropout_add_layer_norm", "rows.cuh", "(col + i) / 4", "col / 4"),
     "the last edge of a run": ("embedding_layer_norm", "table_gradient.cuh", "at < end;", "at < end - 1;"),
+    "a key too many": ("varlen_attention", "attention.cuh", "key < plain ||", "key <= plain ||"),
+    "no barrier before a tile is multiplied": (
+        "varlen_attention",
+        "attention_forward.cuh",
+        "__syncthreads();  // the tile is there",
+        "// the tile is there",
+    ),
+    "the other half of a fragment": (
+        "varlen_attention",
+        "attention_tiles.cuh",
+        "of_sixteen(matrix % 2)",
+        "of_sixteen(matrix / 2)",
+    ),
 }
 
 
@@ -83,7 +117,11 @@ def test_a_planted_fault_is_caught(builder, fault, tmp_path):
     text = (sources / file).read_text()
     assert text.count(right) == 1
     (sources / file).write_text(text.replace(right, wrong))
-    done = run_op_tests((stem,), [stem, "every_op_dropout"], "shuffled", sources, "-x")
+    if "attention" in stem:
+        own = HERE / "test_attention.py"
+        done = run_tests([own], "shuffled", sources, "-x", "-k", "varlen", "-m", "not gpu")
+    else:
+        done = run_op_tests((stem,), [stem, "every_op_dropout"], "shuffled", sources, "-x")
     assert done.returncode == 1, done.stdout[-2000:]
     assert re.search(r"\d+ failed", done.stdout), done.stdout[-2000:]
 
@@ -147,3 +185,18 @@ def test_rows_that_are_too_wide(cuda_host):
     x = torch.randn(2, 4, 4096)
     with pytest.raises(RuntimeError, match="expected rows of at most 8192 elements, got 16384"):
         cuda_host("layer_norm").layer_norm_fwd(x, [4, 4096], None, None, 1e-5)
+
+
+def test_words_among_the_arguments_are_let_go_of(cuda_host):
+    """PyTorch's conversion to a string of C++ keeps one of 48 bytes in each call."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    gelu, nothing = cuda_host("gelu").gelu_fwd, torch.empty(0)
+    for _ in range(1000):
+        gelu(nothing, "none")
+    before = resident()
+    for _ in range(200_000):
+        gelu(nothing, "none")
+    assert resident() - before < 2_000_000
