@@ -10,11 +10,15 @@ namespace pytorch_ext::cuda {
 
 // --- Math -------------------------------------------------------------------------------------------------------
 
+// Shared memory of a block of which sm_80 holds two, and which sm_86 and sm_89 can launch at all: of 164 and of 99 KiB,
+// one for the system in each block.
+constexpr unsigned ROOM_FOR_TWO = (164 / 2 - 1) * 1024;
+
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// 2 ** x on the units that multiply and add, for x <= 128, to 3e-6 of it; 0 below -127. The integer nearest to x goes
-// into the exponent, a polynomial fitted to the least relative error has the rest, from -1/2 to 1/2. What is no number
-// stays none.
+// 2 ** x on the units that multiply and add, for x below 127, to 3e-6 of it; 0 below -126.5. The integer nearest to x
+// goes into the exponent, a polynomial fitted to the least relative error has the rest, from -1/2 to 1/2. What is no
+// number stays none.
 __device__ inline float exp2_polynomial(float x) {
     constexpr float TO_INTEGER = 12582912.0f;  // 1.5 * 2 ** 23: has no bits for fractions
     x = larger_or_nan(x, -127.0f);
@@ -101,6 +105,37 @@ struct Keys {
             if (plain == first) plain += seen == ALL_LANES ? WARP : __ffs(~seen) - 1;
             if (seen) end = first + WARP - __clz(seen);
         }
+    }
+};
+
+// The keys of a head and their values, tile by tile in two stages of shared memory.
+template <class T, int D, int ROWS, int THREADS>
+struct KeyTiles {
+    T* room;
+    const T *k_rows, *v_rows;
+    int64_t k_stride, v_stride;
+    Keys seen;
+
+    __device__ KeyTiles(T* room, const Heads<const T>& k, const Heads<const T>& v, const Problem& p,
+                        const Work& at)
+        : room(room), k_stride(k.of_row), v_stride(v.of_row), seen(p, at, at.head) {
+        k_rows = k.at(at.sequence, at.head / p.group, at.first_k);
+        v_rows = v.at(at.sequence, at.head / p.group, at.first_k);
+    }
+    __device__ Tile<T, D, ROWS> k(int i) const { return {room + i % 2 * 2 * ROWS * D}; }
+    __device__ Tile<T, D, ROWS> v(int i) const { return {k(i).data + ROWS * D}; }
+
+    // Starts the copy of tile i, a group of its own. Where a mask hides a key there are zeros.
+    __device__ void copy(int i) const {
+        const auto there = [&](int row) { return seen.visible(i * ROWS + row); };
+        const int64_t first = static_cast<int64_t>(i) * ROWS;
+        copy_rows<THREADS>(k(i), k_rows + first * k_stride, k_stride, there);
+        copy_rows<THREADS>(v(i), v_rows + first * v_stride, v_stride, there);
+        end_copy_group();
+    }
+    // The key of element i of a pair in the lane's n-th part of a tile, as `multiply_by_rows` deals them.
+    __device__ int key(int tile, int n, int i) const {
+        return tile * ROWS + n / 2 * 16 + threadIdx.x % 4 * 4 + n % 2 * 2 + i;
     }
 };
 

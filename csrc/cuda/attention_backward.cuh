@@ -13,23 +13,23 @@ template <class Element, int DIM>
 struct BackwardShape {
     using T = Element;
     static constexpr int D = DIM, THREADS = 128, WARPS = THREADS / WARP;
-    // The kernel that owns queries: 16 of them a warp, all keys of a tile.
-    static constexpr int Q_ROWS = WARPS * 16, Q_KEYS = D <= 64 ? 64 : 32;
-    static constexpr unsigned Q_SHARED = (2 * Q_ROWS + 2 * 2 * Q_KEYS) * D * sizeof(T);
-    // The kernel that owns keys: where the gradients of 32 of them fit into a warp's registers it has as many, so that
-    // the words of one draw of dropout, which are for four keys, are one lane's.
-    static constexpr int M = D <= 64 ? 2 : 1, K_ROWS = WARPS * 16 * M, K_QUERIES = 32;
-    static constexpr unsigned K_SHARED =
-        (2 * K_ROWS + 2 * 2 * K_QUERIES) * D * sizeof(T) + 2 * 2 * K_QUERIES * sizeof(float);
-    static_assert(Q_ROWS <= 2 * Q_KEYS, "the output comes through the second stage");
+    // Where the gradients of 32 rows fit into a warp's registers it has as many, and reads half as much from shared
+    // memory for each product. Of dropout's draws, which are for four keys, each is then one lane's.
+    static constexpr int M = D <= 64 ? 2 : 1, ROWS = WARPS * 16 * M;
+    static constexpr int COLS =
+        32;  // of a tile: keys, in the kernel that owns queries; queries, in that which owns keys
+    // The rows' two inputs, and two stages of tiles of two inputs.
+    static constexpr unsigned Q_SHARED = (2 * ROWS + 2 * 2 * COLS) * D * sizeof(T);
+    static constexpr unsigned K_SHARED = Q_SHARED + 2 * 2 * COLS * sizeof(float);
+    static_assert(K_SHARED <= ROOM_FOR_TWO);
 };
 
-// exp(product * scale - lse). Both products are rounded as lse was, so that of scores of 1e8 too the largest comes to 1.
+// exp(product * scale - lse). The product is rounded as in forward, so that of scores of 1e8 too the largest comes to 1.
 __device__ inline float weight_of(float product, float scale, float lse) {
     return exp2_approximately((__fmul_rn(product, scale) - lse) * LOG2_E);
 }
 
-// Plan: at most 255 registers, for two blocks of 128 threads at once.
+// Plan: at most 255 registers, for two blocks of 128 threads at once; spills.
 template <class S>
 __global__ void __launch_bounds__(S::THREADS)
     attention_bwd_queries_kernel(Problem p, Heads<const typename S::T> q, Heads<const typename S::T> k,
@@ -37,120 +37,109 @@ __global__ void __launch_bounds__(S::THREADS)
                                  Heads<const typename S::T> out, Heads<const float> lse, Heads<float> delta,
                                  Heads<typename S::T> dq, float scale) {
     using T = typename S::T;
-    constexpr int D = S::D, KEYS = S::Q_KEYS, ROWS = S::Q_ROWS;
+    constexpr int D = S::D, M = S::M, ROWS = S::ROWS, KEYS = S::COLS;
     const Work at(p, p.heads, p.causal);
     const int first = at.block * ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (at.behind) return zero_rows<S::THREADS, D>(dq, p, at, at.first_q, at.q_len);
     if (first >= at.q_len) return;
     T* const room = shared_memory<T>();
     const Tile<T, D, ROWS> q_tile{room}, dout_tile{room + ROWS * D};
-    const auto k_tile = [&](int i) { return Tile<T, D, KEYS>{room + (2 * ROWS + i % 2 * 2 * KEYS) * D}; };
-    const auto v_tile = [&](int i) { return Tile<T, D, KEYS>{k_tile(i).data + KEYS * D}; };
-    const Tile<T, D, ROWS> out_tile{k_tile(1).data};
-
     const int64_t first_token = at.first_q + first;
     const auto is_query = [&](int row) { return first + row < at.q_len; };
     copy_rows<S::THREADS>(q_tile, q.at(at.sequence, at.head, first_token), q.of_row, is_query);
     copy_rows<S::THREADS>(dout_tile, dout.at(at.sequence, at.head, first_token), dout.of_row, is_query);
-    copy_rows<S::THREADS>(out_tile, out.at(at.sequence, at.head, first_token), out.of_row, is_query);
     end_copy_group();
-    const Keys keys(p, at, at.head);
-    const int end = p.causal ? min(keys.end, first + ROWS) : keys.end;
-    const int plain = p.causal ? min(keys.plain, first + 1) : keys.plain;
-    const T* const k_rows = k.at(at.sequence, at.head / p.group, at.first_k);
-    const T* const v_rows = v.at(at.sequence, at.head / p.group, at.first_k);
-    const auto copy_tile = [&](int i) {
-        const auto there = [&](int row) { return keys.visible(i * KEYS + row); };
-        copy_rows<S::THREADS>(k_tile(i), k_rows + static_cast<int64_t>(i) * KEYS * k.of_row, k.of_row, there);
-        copy_rows<S::THREADS>(v_tile(i), v_rows + static_cast<int64_t>(i) * KEYS * v.of_row, v.of_row, there);
-        end_copy_group();
-    };
-    copy_tile(0);
+    const KeyTiles<T, D, KEYS, S::THREADS> keys(room + 2 * ROWS * D, k, v, p, at);
+    const int end = p.causal ? min(keys.seen.end, first + ROWS) : keys.seen.end;
+    const int plain = p.causal ? min(keys.seen.plain, first + 1) : keys.seen.plain;
+    keys.copy(0);
 
-    const auto query = [&](int half) { return first + warp * 16 + half * 8 + lane / 4; };
-    float lses[2], deltas[2] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-        lses[half] = query(half) < at.q_len ? *lse.at(at.sequence, at.head, at.first_q + query(half)) : 0.0f;
+    const auto own_row = [&](int m, int row) { return (warp * M + m) * 16 + row; };
+    const auto query = [&](int m, int half) { return first + own_row(m, half * 8 + lane / 4); };
+    const auto left_of = [&](const Tile<T, D, ROWS>& tile) {
+        return [&](uint32_t (&a)[4], int m, int d) {
+            load_left(a, tile, d, [&](int row) { return own_row(m, row); });
+        };
+    };
+    float lses[M][2] = {}, deltas[M][2] = {};
     wait_for_copies<1>();
     __syncthreads();
-    const auto own_row = [&](int row) { return warp * 16 + row; };
 #pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-        uint32_t a[4], b[4];
-        load_left(a, dout_tile, d, own_row);
-        load_left(b, out_tile, d, own_row);
+    for (int m = 0; m < M; ++m) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 one = unpack<T>(a[i]), other = unpack<T>(b[i]);
-            deltas[i % 2] += one.x * other.x + one.y * other.y;
+        for (int d = 0; d < D / 16; ++d) {
+            uint32_t gradient[4];
+            left_of(dout_tile)(gradient, m, d);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (query(m, i % 2) >= at.q_len) continue;
+                const T* const row = out.at(at.sequence, at.head, at.first_q + query(m, i % 2));
+                const float2 one = unpack<T>(gradient[i]);
+                const float2 other =
+                    unpack<T>(reinterpret_cast<const uint32_t*>(row)[d * 8 + i / 2 * 4 + lane % 4]);
+                deltas[m][i % 2] += one.x * other.x + one.y * other.y;
+            }
         }
-    }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        deltas[half] = sum_of_four(deltas[half]);
-        if (lane % 4 == 0 && query(half) < at.q_len)
-            *delta.at(at.sequence, at.head, at.first_q + query(half)) = deltas[half];
+        for (int half = 0; half < 2; ++half) {
+            deltas[m][half] = sum_of_four(deltas[m][half]);
+            if (query(m, half) >= at.q_len) continue;
+            const int64_t row = at.first_q + query(m, half);
+            lses[m][half] = *lse.at(at.sequence, at.head, row);
+            if (lane % 4 == 0) *delta.at(at.sequence, at.head, row) = deltas[m][half];
+        }
     }
 
     const Philox philox(p.dropout.rng);
     const uint32_t head_of_all = at.sequence * p.heads + at.head;
-    float acc[1][D / 8][4] = {};
+    float acc[M][D / 8][4] = {};
     for (int tile = 0; tile * KEYS < end; ++tile) {
         wait_for_copies<0>();
         __syncthreads();  // the tile is there, and nobody looks at the one before any more
-        if ((tile + 1) * KEYS < end) copy_tile(tile + 1);
-        float x[1][KEYS / 8][4] = {}, dx[1][KEYS / 8][4] = {};
-        multiply_by_rows<1>(x, k_tile(tile),
-                            [&](uint32_t (&a)[4], int, int d) { load_left(a, q_tile, d, own_row); });
-        multiply_by_rows<1>(dx, v_tile(tile),
-                            [&](uint32_t (&a)[4], int, int d) { load_left(a, dout_tile, d, own_row); });
-        const int first_key = tile * KEYS + lane % 4 * 4;
-        const auto key = [&](int n, int i) { return first_key + n / 2 * 16 + n % 2 * 2 + i; };
+        if ((tile + 1) * KEYS < end) keys.copy(tile + 1);
+        float x[M][KEYS / 8][4] = {}, dx[M][KEYS / 8][4] = {};
+        multiply_by_rows<M>(x, keys.k(tile), left_of(q_tile));
+        multiply_by_rows<M>(dx, keys.v(tile), left_of(dout_tile));
         const bool looks = tile * KEYS + KEYS > plain;
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n += 2)
+        for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float (&pair)[4] = dx[0][n], (&next)[4] = dx[0][n + 1];
-                if (p.dropout.rng) {
-                    const uint4 words = philox.words(key(n, 0) / 4, query(half), head_of_all);
-                    pair[2 * half] = dropped(pair[2 * half], words.x, p.dropout);
-                    pair[2 * half + 1] = dropped(pair[2 * half + 1], words.y, p.dropout);
-                    next[2 * half] = dropped(next[2 * half], words.z, p.dropout);
-                    next[2 * half + 1] = dropped(next[2 * half + 1], words.w, p.dropout);
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n += 2) {
+                    uint32_t words[4] = {};
+                    if (p.dropout.rng) {
+                        const uint4 drawn =
+                            philox.words(keys.key(tile, n, 0) / 4, query(m, half), head_of_all);
+                        words[0] = drawn.x, words[1] = drawn.y, words[2] = drawn.z, words[3] = drawn.w;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const int part = n + i / 2, e = 2 * half + i % 2, key = keys.key(tile, part, i % 2);
+                        float& one = dx[m][part][e];
+                        if (p.dropout.rng) one = dropped(one, words[i], p.dropout);
+                        one = weight_of(x[m][part][e], p.scale, lses[m][half]) * (one - deltas[m][half]);
+                        if (looks && (!keys.seen.visible(key) || (p.causal && key > query(m, half))))
+                            one = 0.0f;
+                    }
                 }
-            }
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                dx[0][n][e] = weight_of(x[0][n][e], p.scale, lses[e / 2]) * (dx[0][n][e] - deltas[e / 2]);
-        if (looks) {
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const bool visible = keys.visible(key(n, i));
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        if (!visible || (p.causal && key(n, i) > query(half))) dx[0][n][2 * half + i] = 0.0f;
-                }
-        }
-        uint32_t weights[1][KEYS / 16][4];
+        uint32_t weights[M][KEYS / 16][4];
         pack_weights<T>(weights, dx);
         if (looks && p.causal)
-            multiply_rows<true>(acc, weights, k_tile(tile),
-                                [&](int, int half, int row) { return tile * KEYS + row <= query(half); });
+            multiply_rows<true>(acc, weights, keys.k(tile), [&](int m, int half, int row) {
+                return tile * KEYS + row <= query(m, half);
+            });
         else
-            multiply_rows<false>(acc, weights, k_tile(tile), 0);
+            multiply_rows<false>(acc, weights, keys.k(tile), 0);
     }
     wait_for_copies<0>();  // also of a tile that nobody may attend
 
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-        store_half<T, D>(dq.at(at.sequence, at.head, at.first_q + query(half)), acc[0], half, scale,
-                         query(half) < at.q_len);
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            store_half<T, D>(dq.at(at.sequence, at.head, at.first_q + query(m, half)), acc[m], half, scale,
+                             query(m, half) < at.q_len);
 }
 
 // Plan: at most 255 registers, for two blocks of 128 threads at once; spills.
@@ -161,7 +150,7 @@ __global__ void __launch_bounds__(S::THREADS)
                               Heads<const float> lse, Heads<const float> delta, Heads<typename S::T> dk,
                               Heads<typename S::T> dv, float scale) {
     using T = typename S::T;
-    constexpr int D = S::D, M = S::M, ROWS = S::K_ROWS, QUERIES = S::K_QUERIES;
+    constexpr int D = S::D, M = S::M, ROWS = S::ROWS, QUERIES = S::COLS;
     const Work at(p, p.heads / p.group, false);  // under a causal mask the first keys are looked at most
     const int first = at.block * ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (at.behind) {
@@ -319,13 +308,13 @@ void launch_backward(const AttentionCall& call, const OwnedHeads& dout, const He
     const Heads<const float> lse_in{lse.data, lse.of_batch, lse.of_head, 1};
     const Heads<const float> delta_in{delta.data, delta.of_batch, delta.of_head, 1};
     Problem p = call.problem;
-    p.blocks = blocks_of(call.longest_q, S::Q_ROWS);
+    p.blocks = blocks_of(call.longest_q, S::ROWS);
     // Grid: blocks of queries × heads × sequences.
     launch(attention_bwd_queries_kernel<S>,
            Launch{grid_of(p, p.heads), S::THREADS, S::Q_SHARED, current_stream(dq)}, p,
            Heads<const T>(call.q), Heads<const T>(call.k), Heads<const T>(call.v), Heads<const T>(dout),
            Heads<const T>(OwnedHeads(call.out)), lse_in, delta, Heads<T>(OwnedHeads(dq)), scale);
-    p.blocks = blocks_of(call.longest_k, S::K_ROWS);
+    p.blocks = blocks_of(call.longest_k, S::ROWS);
     // Grid: blocks of keys × key heads × sequences.
     launch(attention_bwd_keys_kernel<S>,
            Launch{grid_of(p, p.heads / p.group), S::THREADS, S::K_SHARED, current_stream(dq)}, p,

@@ -20,6 +20,7 @@ struct ForwardShape {
     // the units that multiply and add, beside what those do anyway, as three quarters there.
     static constexpr int POLYNOMIAL_QUARTERS = D <= 64 ? 1 : 0;
     static_assert(ROWS <= 2 * KEYS, "the queries come through the second stage");
+    static_assert(SHARED <= ROOM_FOR_TWO);
 };
 
 // Scores become weights, and `factor` of what was summed up before is left.
@@ -30,9 +31,10 @@ __device__ inline void take_softmax(float (&x)[S::KEYS / 8][4], int half, float&
 #pragma unroll
     for (int n = 0; n < S::KEYS / 8; ++n) most = fmaxf(most, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
     most = largest_of_four(most);
-    // A row that has met nothing yet is shifted by nothing: infinity minus infinity is no number.
-    const float from = most == -INFINITY ? 0.0f : most, shift = from * unit;
-    factor = exp2_approximately((largest - from) * unit);
+    // A row that has met nothing yet is shifted by nothing: infinity minus infinity is no number. Products are rounded
+    // before they are shifted, here and in backward: of large scores the weights then are the same in both.
+    const float shift = most == -INFINITY ? 0.0f : __fmul_rn(most, unit);
+    factor = exp2_approximately((__fmul_rn(largest, unit) - shift) * LOG2_E);
     largest = most;
     sum *= factor;
 #pragma unroll
@@ -40,7 +42,7 @@ __device__ inline void take_softmax(float (&x)[S::KEYS / 8][4], int half, float&
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float& one = x[n][2 * half + i];
-            one = one * unit - shift;
+            one = (__fmul_rn(one, unit) - shift) * LOG2_E;
             const bool by_polynomial = (2 * n + i) % 4 < S::POLYNOMIAL_QUARTERS;
             one = by_polynomial ? exp2_polynomial(one) : exp2_approximately(one);
             sum += one;
@@ -64,25 +66,15 @@ __global__ void __launch_bounds__(S::THREADS)
     }
     if (first >= at.q_len) return;
     T* const room = shared_memory<T>();
-    const auto k_tile = [&](int i) { return Tile<T, D, KEYS>{room + i % 2 * 2 * KEYS * D}; };
-    const auto v_tile = [&](int i) { return Tile<T, D, KEYS>{k_tile(i).data + KEYS * D}; };
-
-    const Tile<T, D, S::ROWS> q_tile{k_tile(1).data};
+    const Tile<T, D, S::ROWS> q_tile{room + 2 * KEYS * D};
     copy_rows<S::THREADS>(q_tile, q.at(at.sequence, at.head, at.first_q + first), q.of_row,
                           [&](int row) { return first + row < at.q_len; });
     end_copy_group();
-    const Keys keys(p, at, at.head);
-    const int end = p.causal ? min(keys.end, first + S::ROWS) : keys.end;
-    const int plain = p.causal ? min(keys.plain, first + 1) : keys.plain;  // to every query of the block
-    const T* const k_rows = k.at(at.sequence, at.head / p.group, at.first_k);
-    const T* const v_rows = v.at(at.sequence, at.head / p.group, at.first_k);
-    const auto copy_tile = [&](int i) {
-        const auto there = [&](int row) { return keys.visible(i * KEYS + row); };
-        copy_rows<S::THREADS>(k_tile(i), k_rows + static_cast<int64_t>(i) * KEYS * k.of_row, k.of_row, there);
-        copy_rows<S::THREADS>(v_tile(i), v_rows + static_cast<int64_t>(i) * KEYS * v.of_row, v.of_row, there);
-        end_copy_group();
-    };
-    copy_tile(0);
+    const KeyTiles<T, D, KEYS, S::THREADS> keys(room, k, v, p, at);
+    const int end = p.causal ? min(keys.seen.end, first + S::ROWS) : keys.seen.end;
+    const int plain =
+        p.causal ? min(keys.seen.plain, first + 1) : keys.seen.plain;  // to all queries of the block
+    keys.copy(0);
 
     wait_for_copies<1>();
     __syncthreads();
@@ -111,23 +103,22 @@ __global__ void __launch_bounds__(S::THREADS)
     for (int tile = 0; tile * KEYS < end; ++tile) {
         wait_for_copies<0>();
         __syncthreads();  // the tile is there, and nobody looks at the one before any more
-        if ((tile + 1) * KEYS < end) copy_tile(tile + 1);
+        if ((tile + 1) * KEYS < end) keys.copy(tile + 1);
         float x[M][KEYS / 8][4] = {};
-        multiply_by_rows<M>(x, k_tile(tile), q_part);
-        const int first_key = tile * KEYS + lane % 4 * 4;
-        const auto key = [&](int n, int i) { return first_key + n / 2 * 16 + n % 2 * 2 + i; };
+        multiply_by_rows<M>(x, keys.k(tile), q_part);
         const bool looks = tile * KEYS + KEYS > plain;
         if (looks) {
 #pragma unroll
             for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const bool visible = keys.visible(key(n, i));
+                    const int key = keys.key(tile, n, i);
+                    const bool visible = keys.seen.visible(key);
 #pragma unroll
                     for (int m = 0; m < M; ++m)
 #pragma unroll
                         for (int half = 0; half < 2; ++half)
-                            if (!visible || (p.causal && key(n, i) > query(m, half)))
+                            if (!visible || (p.causal && key > query(m, half)))
                                 x[m][n][2 * half + i] = -INFINITY;
                 }
         }
@@ -136,7 +127,7 @@ __global__ void __launch_bounds__(S::THREADS)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float factor;
-                take_softmax<S>(x[m], half, largest[m][half], sum[m][half], factor, unit * LOG2_E);
+                take_softmax<S>(x[m], half, largest[m][half], sum[m][half], factor, unit);
 #pragma unroll
                 for (int n = 0; n < D / 8; ++n) {
                     acc[m][n][2 * half] *= factor;
@@ -145,7 +136,7 @@ __global__ void __launch_bounds__(S::THREADS)
                 if (p.dropout.rng == nullptr) continue;
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
-                    const uint4 words = philox.words(key(n, 0) / 4, query(m, half), head_of_all);
+                    const uint4 words = philox.words(keys.key(tile, n, 0) / 4, query(m, half), head_of_all);
                     if (!kept(words.x, p.dropout)) x[m][n][2 * half] = 0.0f;
                     if (!kept(words.y, p.dropout)) x[m][n][2 * half + 1] = 0.0f;
                     if (!kept(words.z, p.dropout)) x[m][n + 1][2 * half] = 0.0f;
@@ -155,11 +146,11 @@ __global__ void __launch_bounds__(S::THREADS)
         uint32_t weights[M][KEYS / 16][4];
         pack_weights<T>(weights, x);
         if (looks && p.causal)
-            multiply_rows<true>(acc, weights, v_tile(tile), [&](int m, int half, int row) {
+            multiply_rows<true>(acc, weights, keys.v(tile), [&](int m, int half, int row) {
                 return tile * KEYS + row <= query(m, half);
             });
         else
-            multiply_rows<false>(acc, weights, v_tile(tile), 0);
+            multiply_rows<false>(acc, weights, keys.v(tile), 0);
     }
     wait_for_copies<0>();  // also of a tile that nobody may attend
 

@@ -15,8 +15,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SOURCES = ROOT / "csrc" / "cuda"
-KEPT = ROOT / "build" / "cuda_host"
+# Another folder of sources, with planted faults say, keeps what it becomes to itself.
+SOURCES = Path(os.environ.get("CUDA_HOST_SOURCES") or ROOT / "csrc" / "cuda")
+KEPT = SOURCES if "CUDA_HOST_SOURCES" in os.environ else ROOT / "build" / "cuda_host"
 NAMESPACE = "pytorch_ext_cuda_host"
 
 FLAGS = [
@@ -45,14 +46,14 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
-def build(stem: str, sources: Path = SOURCES, *, sanitize: bool = False, kept: Path = KEPT) -> Path:
+def build(stem: str, sources: Path = SOURCES, *, sanitize: bool = False) -> Path:
     """The library of one .cu file, compiled unless it is there already."""
     options = [*FLAGS, *(SANITIZED if sanitize else FAST)]
     name = f"{stem}-sanitized" if sanitize else stem
-    library = kept / f"{name}-{_digest(sources / f'{stem}.cu', options)}.so"
+    library = KEPT / f"{name}-{_digest(sources / f'{stem}.cu', options)}.so"
     if library.exists():
         return library
-    kept.mkdir(parents=True, exist_ok=True)
+    KEPT.mkdir(parents=True, exist_ok=True)
     unfinished = library.with_suffix(f".{os.getpid()}")
     command = [
         *(compiler(), *options, f"-I{sources}", f"-I{HERE}", f"-I{SOURCES}"),
@@ -64,7 +65,7 @@ def build(stem: str, sources: Path = SOURCES, *, sanitize: bool = False, kept: P
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{stem}.cu does not compile for the CPU:\n{done.stderr[-8000:]}")
-    for older in kept.glob(f"{name}-{'[0-9a-f]' * 16}.so"):
+    for older in KEPT.glob(f"{name}-{'[0-9a-f]' * 16}.so"):
         older.unlink(missing_ok=True)
     unfinished.rename(library)
     return library
@@ -79,12 +80,7 @@ def _digest(source: Path, options: list[str]) -> str:
         [compiler(), "-march=native", "-Q", "--help=target"], capture_output=True, check=True
     )
     found.update(native.stdout)
-    headers = [
-        *source.parent.glob("*.cuh"),
-        *source.parent.glob("*.h"),
-        *HERE.glob("*.h"),
-        *HERE.glob("*.cpp"),
-    ]
+    headers = [*SOURCES.glob("*.cuh"), *SOURCES.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]
     for path in [source, *sorted(headers)]:
         found.update(path.read_bytes())
     return found.hexdigest()[:16]

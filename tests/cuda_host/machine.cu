@@ -1,8 +1,7 @@
-// Kernels that test the machine itself: what they do right must come out, and what they do wrong must be an error.
+// Kernels that test the machine itself: what they do right must come out, and what they do wrong must be an error. And
+// what no op shows by itself.
 
-#include "ptx.cuh"
-#include "reduce.cuh"
-#include "tensors.h"
+#include "attention.cuh"
 
 namespace pytorch_ext::cuda {
 namespace {
@@ -61,16 +60,30 @@ Tensor reversed(const Tensor& x, int64_t fault) {
     return out;
 }
 
+__global__ void power_kernel(const float* x, float* out, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = exp2_polynomial(x[i]);
+}
+
+Tensor power(const Tensor& x) {
+    const int n = static_cast<int>(x.numel());
+    const Tensor out = new_empty(x, x.sizes());
+    launch(power_kernel, Launch{cdiv(n, 128), 128, 0, current_stream(x)}, floats(x), floats(out), n);
+    return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(PYTORCH_EXT_OPS, m) {
     m.def("machine_product(Tensor a, Tensor b, bool transposed) -> Tensor");
     m.def("machine_reversed(Tensor x, int fault) -> Tensor");
+    m.def("machine_power(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PYTORCH_EXT_OPS, PYTORCH_EXT_KEY, m) {
     m.impl("machine_product", TORCH_BOX(&product_of));
     m.impl("machine_reversed", TORCH_BOX(&reversed));
+    m.impl("machine_power", TORCH_BOX(&power));
 }
 
 }  // namespace pytorch_ext::cuda

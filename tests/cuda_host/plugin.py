@@ -1,21 +1,18 @@
 """Lets the tests in tests/ops run the backend ``cuda`` on CPU tensors: `pytest -p plugin`, this folder on the path.
 
-Of what is collected, the tests of that backend are left. CUDA_HOST_STEMS names the files of csrc/cuda to load, and
-CUDA_HOST_SOURCES another folder than that to take them from.
+Of what is collected, the tests of that backend are left. CUDA_HOST_STEMS names the files of csrc/cuda to load;
+with CUDA_HOST_SANITIZE what they read and write is watched.
 """
 
 import os
-from pathlib import Path
 
 import torch
 
 import build
 from pytorch_ext.backends import cuda
 
-sources = Path(os.environ.get("CUDA_HOST_SOURCES", build.SOURCES))
-kept = build.KEPT if sources == build.SOURCES else sources
 for stem in os.environ["CUDA_HOST_STEMS"].split():
-    torch.ops.load_library(str(build.build(stem, sources, kept=kept)))
+    torch.ops.load_library(str(build.build(stem, sanitize=bool(os.environ.get("CUDA_HOST_SANITIZE")))))
 loaded = cuda.table(build.NAMESPACE)
 cuda.kernels = lambda: loaded
 cuda.on_device = cuda.capability = lambda *_: []

@@ -1,7 +1,7 @@
 """What nvcc makes of `csrc/cuda`, without a GPU: no warnings, no spills, as many registers as planned, wide loads.
 
-`make test` compiles one architecture, one dtype and one size of heads as one file, by the flags of the build. What was compiled is kept in
-`build/cuda_gates`, under a name made from everything that went into it.
+`make test` compiles one architecture, one dtype and one size of heads as one file, by the flags of the build. What was
+compiled is kept in `build/cuda_gates`, under a name made from everything that went into it.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,9 @@ SOURCES = ROOT / "csrc" / "cuda"
 KEPT = ROOT / "build" / "cuda_gates"
 STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
 # These have nothing to do but to move memory; of the others it is not asked how they do it.
-MEMORY_BOUND = ("gelu", "bias_gelu", "layer_norm", "dropout_add_layer_norm", "embedding_layer_norm")
+MEMORY_BOUND = (
+    *("gelu", "bias_gelu", "layer_norm", "dropout_add_layer_norm", "embedding_layer_norm", "encoder_layer"),
+)
 
 
 class Kernel(NamedTuple):
@@ -73,21 +76,25 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def compiled_for(architecture: str, monkeypatch: pytest.MonkeyPatch, *more: str) -> Compiled:
+def compiled_for(
+    architecture: str, monkeypatch: pytest.MonkeyPatch, *more: str, stems: Iterable[str] = STEMS
+) -> Compiled:
     library, nvcc = plan_of(architecture, monkeypatch)
     flags = next(made.flags for made in library.objects if made.rule == "nvcc")
     # The host's code is not looked at. Half the time goes to reading headers, so they are read once.
     flags = [flag for flag in flags if flag != "-O3"]
     flags += ["-O0", "-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", "-Xptxas=-v"]
-    flags += ["-DPYTORCH_EXT_ONLY_BFLOAT16", *more]
-    text = "".join(f'#include "{SOURCES / stem}.cu"\n' for stem in STEMS)
+    every = stems is STEMS
+    flags += ["-DPYTORCH_EXT_ONLY_BFLOAT16", *more] if every else more
+    text = "".join(f'#include "{SOURCES / stem}.cu"\n' for stem in stems)
     digest = hashlib.sha256(" ".join([nvcc.release, torch.__version__, text, *flags]).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.read_bytes())
-    folder = KEPT / f"{architecture}-{digest.hexdigest()[:16]}"
+    name = architecture if every else f"rows-{architecture}"
+    folder = KEPT / f"{name}-{digest.hexdigest()[:16]}"
     done = folder / "library.so"
     if not done.exists():
-        for older in KEPT.glob(f"{architecture}-*"):
+        for older in KEPT.glob(f"{name}-*"):
             shutil.rmtree(older)
         folder.mkdir(parents=True)
         (folder / "all.cu").write_text(text)
@@ -136,8 +143,12 @@ def compiled() -> Compiled:
 
 
 def check_registers(kernels: list[Kernel]) -> None:
+    assert {kernel.name for kernel in kernels} == plans().keys()
+    check_each(kernels)
+
+
+def check_each(kernels: list[Kernel]) -> None:
     planned = plans()
-    assert {kernel.name for kernel in kernels} == planned.keys()
     wrong = [
         f"{k.instance}: {k.registers} registers, {k.stack} bytes of stack, {k.spills} of spills"
         for k in kernels
@@ -155,6 +166,17 @@ def check_instructions(kernels: list[Kernel]) -> None:
                 len(re.findall(rf"\b{way}\.E(?:\.\w+)*\.128\b", k.sass)) for way in ("LDG", "STG")
             )
             assert loads >= 1 and stores >= 1, f"{k.instance}: {loads} loads and {stores} stores of 128 bits"
+        if k.name.startswith("attention"):
+            products, copies, stores = (
+                len(re.findall(pattern, k.sass))
+                for pattern in (
+                    r"\bHMMA\.16816\.F32\b",
+                    r"\bLDGSTS\.E(?:\.\w+)*\.128\b",
+                    r"\bSTG\.E(?:\.\w+)*\.128\b",
+                )
+            )
+            found = f"{products} products on tensor cores, {copies} copies and {stores} stores of 128 bits"
+            assert products >= 32 and copies >= 1 and stores >= 1, f"{k.instance}: {found}"
 
 
 def test_registers_and_spills(compiled):
@@ -188,6 +210,15 @@ def test_it_loads_beside_this_torch_and_registers_what_the_other_backends_have(c
 def test_on_other_architectures(architecture, monkeypatch):
     made = compiled_for(architecture, monkeypatch)
     check_registers(made.kernels)
+    check_instructions(made.kernels)
+
+
+@pytest.mark.full
+def test_every_dtype_of_what_works_row_by_row(monkeypatch):
+    made = compiled_for("8.0", monkeypatch, stems=MEMORY_BOUND)
+    instances = " ".join(k.instance for k in made.kernels if k.name == "layer_norm_fwd_kernel")
+    assert len(made.kernels) > len(MEMORY_BOUND) * 3 and "BFloat16" in instances and "Half" in instances
+    check_each(made.kernels)
     check_instructions(made.kernels)
 
 
