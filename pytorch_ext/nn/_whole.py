@@ -36,7 +36,7 @@ def as_one(
     Args:
         parts: asked for only where a backend has the op; None if they are not what they were.
     """
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return None
     heads = x.shape[1] // max(head_dim, 1)
     backend = backend_of(x, heads, head_dim) if heads * head_dim == x.shape[1] > 0 else None

@@ -10,6 +10,7 @@ from torch import nn
 
 import pytorch_ext
 from pytorch_ext import ops
+from pytorch_ext.nn import _whole
 from pytorch_ext.testing import LARGEST_FACTOR, Error, padding_mask
 
 SIZES = {
@@ -216,21 +217,22 @@ def assert_rounds_alike():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the two attentions are called by fused layers: ``calls.packed``, ``calls.dense``."""
+    """How often the two attentions are called by fused layers, or all of a layer: ``calls.packed``, ``calls.dense``."""
     seen = SimpleNamespace(packed=0, dense=0, shapes=[])
 
-    def spy(name, count):
-        function = getattr(ops, name)
+    def spy(owner, name, count):
+        function = getattr(owner, name)
 
         def counted(query, *args, **kwargs):
             setattr(seen, count, getattr(seen, count) + 1)
             seen.shapes.append(tuple(query.shape))
             return function(query, *args, **kwargs)
 
-        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setattr(owner, name, counted)
 
-    spy("varlen_attention", "packed")
-    spy("scaled_dot_product_attention", "dense")
+    spy(ops, "varlen_attention", "packed")
+    spy(ops, "scaled_dot_product_attention", "dense")
+    spy(_whole, "encoder_layer", "packed")
     return seen
 
 
