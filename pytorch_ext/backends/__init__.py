@@ -3,7 +3,8 @@
 A module or package of this folder whose name has no leading underscore is a backend. It holds
 
 - ``DESCRIPTION``: one line;
-- ``kernels()``: its table, from ``"<op>_fwd"`` and ``"<op>_bwd"`` (``native``: from ``"<op>"``) to callables;
+- ``kernels()``: its table, from ``"<op>_fwd"`` and ``"<op>_bwd"`` (``native``: from ``"<op>"``) to callables; of ops
+  that not all backends have (``offered``), ``"<op>_fwd"`` alone;
 - ``why_not(op, *tensors)``: the reasons, as sentences, why it cannot run ``op`` on ``tensors``; empty if it can.
   ``torch.compile`` traces it: plain Python over what the tensors say of themselves, and, where it asks the machine,
   functions marked with ``_requirements.fact``;
