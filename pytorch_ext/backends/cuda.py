@@ -125,11 +125,22 @@ def _unfit_heads(op: str, tensors: tuple[Tensor, ...]) -> list[str]:
     if query.shape[-1] not in HEAD_SIZES or value.shape[-1] != query.shape[-1]:
         found = " and ".join(dict.fromkeys(str(t.shape[-1]) for t in (query, value)))
         reasons.append(f"its attention is for heads of 32, 64, 96 or 128 elements, and these have {found}")
-    if mask is not None and mask.dtype != torch.bool:
-        reasons.append(f"its attention takes masks of torch.bool, and this one is {mask.dtype}")
-    elif mask is not None and mask.dim() > 1 and mask.shape[-2] > 1 and mask.stride(-2) != 0:
-        reasons.append("its attention takes masks of keys, and this one differs from query to query")
+    if mask is not None:
+        reasons += _unfit_mask(mask, of_heads_that_share=query.shape[-3:-2] != tensors[1].shape[-3:-2])
     return reasons
+
+
+def _unfit_mask(mask: Tensor, of_heads_that_share: bool) -> list[str]:
+    def differs(dim: int) -> bool:
+        return mask.dim() >= -dim and mask.shape[dim] > 1 and mask.stride(dim) != 0
+
+    if mask.dtype != torch.bool:
+        return [f"its attention takes masks of torch.bool, and this one is {mask.dtype}"]
+    if differs(-2):
+        return ["its attention takes masks of keys, and this one differs from query to query"]
+    if of_heads_that_share and differs(-3):
+        return ["its attention takes one mask for the heads that share keys, and this one differs"]
+    return []
 
 
 # Activation -> whether cuBLASLt's epilogue, which `_addmm_activation` asks for, is GELU, in its tanh form, or ReLU.

@@ -327,6 +327,10 @@ def test_what_goes_elsewhere_and_why(device):
         "its attention is for heads of 32, 64, 96 or 128 elements, and these have 64 and 40": (q, q, narrow),
         "its attention takes masks of torch.bool, and this one is torch.bfloat16": (q, q, q, mask.to(BF16)),
         "its attention takes masks of keys, and this one differs from query to query": (q, q, q, mask),
+        "its attention takes one mask for the heads that share keys, and this one differs": (
+            *(q, q[:, :1], q[:, :1]),
+            mask[:2, None],
+        ),
     }
     for reason, tensors in asked.items():
         assert backends.why_not("cuda", OP, *tensors) == [reason]
