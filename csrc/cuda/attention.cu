@@ -10,13 +10,13 @@ namespace {
 // A mask of keys, the same for every query: bool, and broadcasting to (B, H, L, S).
 void take_mask(Problem& p, const OptionalTensor& mask) {
     if (!mask) return;
-    STD_TORCH_CHECK(p.group == 1 || stride(1) == 0,
-                    "backend 'cuda': attn_mask: expected one that is the same for heads that share keys");
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool,
                     "backend 'cuda': attn_mask: expected dtype bool, got another");
     const auto stride = [&](int64_t d) { return mask->size(d) > 1 ? mask->stride(d) : 0; };
     STD_TORCH_CHECK(stride(2) == 0,
                     "backend 'cuda': attn_mask: expected one that is the same for every query");
+    STD_TORCH_CHECK(p.group == 1 || stride(1) == 0,
+                    "backend 'cuda': attn_mask: expected one that is the same for heads that share keys");
     p.mask = static_cast<const uint8_t*>(mask->data_ptr());
     p.mask_of_batch = stride(0);
     p.mask_of_head = stride(1);
