@@ -1,6 +1,7 @@
 """A BERT of a few thousand weights with a tokenizer of words, and rows that it can learn to tell apart."""
 
 import csv
+import gc
 import itertools
 import random
 
@@ -92,6 +93,22 @@ def make_options(tiny_bert, write, make_rows, tmp_path):
         return Options(data=data, **{**usual, "out": tmp_path / "out", **changed})
 
     return make
+
+
+@pytest.fixture
+def without_page(transformers, monkeypatch):
+    """A run draws no page, which takes longer than the few steps."""
+    from pytorch_ext.finetune import whole
+
+    monkeypatch.setattr(whole.page, "page", lambda found: "")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_to_collect():
+    """Trainer collects garbage in every run, and looks at all that was imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

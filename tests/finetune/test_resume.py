@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from pytorch_ext import finetune
 from pytorch_ext.finetune import engine
 
+pytestmark = pytest.mark.usefixtures("without_page")
+
 
 class Killed(BaseException):
     """Nothing catches it, as nothing survives the signal."""

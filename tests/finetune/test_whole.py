@@ -44,6 +44,7 @@ def test_from_a_file_to_a_model_and_a_page(run, make_options, write, make_rows, 
         assert model(**inputs).logits.argmax(-1).tolist() == [1, 0]
 
 
+@pytest.mark.usefixtures("without_page")
 def test_optimised_it_learns_what_it_would_have_learned(run, make_options, tmp_path):
     """Dropout off: the losses of the original are those of the optimised model, to rounding."""
     losses = []
@@ -84,6 +85,7 @@ def test_what_does_not_learn_stays(run, make_options, tiny_bert, transformers, h
         assert sum(scores[name] for name in learns) >= sum(scores.values()) / 2
 
 
+@pytest.mark.usefixtures("without_page")
 def test_it_stops_early(run, make_options):
     """Nothing is learned at this rate, so the accuracy never improves."""
     found, lines = run(make_options(learning_rate=1e-12, max_steps=20, eval_steps=2, patience=2))
@@ -91,11 +93,13 @@ def test_it_stops_early(run, make_options):
     assert "stopped after step 6: no better for 2 evaluations" in lines
 
 
+@pytest.mark.usefixtures("without_page")
 def test_accumulated_batches_make_one_step(run, make_options):
     found, _ = run(make_options(accumulate=3, max_steps=4, eval_steps=2))
     assert found["steps"] == 4
 
 
+@pytest.mark.usefixtures("without_page")
 def test_a_folder_holds_one_run(run, make_options):
     run(make_options(max_steps=2, eval_steps=2))
     with pytest.raises(FinetuneError, match=r"out: expected a folder of its own .* another seed was used"):
@@ -112,11 +116,12 @@ def test_labels_that_training_never_saw(run, make_options, write, make_rows):
     assert found["held out"]["accuracy"] <= 30 / 32
 
 
+@pytest.mark.usefixtures("without_page")
 def test_a_text_of_a_million_characters(run, make_options, write, make_rows):
     long = "apple pear " * 95_000
     assert len(long) > 1e6
     data, test = write([*make_rows(60), (long, "fruit")]), write([*make_rows(9), (long, "fruit")], "test.csv")
-    found, lines = run(make_options(data=data, test=test, validation=test, max_steps=2, eval_steps=2))
+    found, lines = run(make_options(data=data, test=test, max_steps=2, eval_steps=2))
     assert max(found["lengths"]) == 32
     assert any("of them cut" in line for line in lines)
 
