@@ -79,9 +79,9 @@ bench: env ## time ops and models against their peers, in under five minutes: ta
 	@$(bin)/python -m pytorch_ext bench $(ARGS)
 
 # Not through `env`: such a machine may have no network, and its own torch with CUDA.
-gpu: ## on a machine with a GPU: STAGE=test|sanitize|tune|bench-ops|bench-bert|all, OUT=folder, DRY=1 shows the plan
+gpu: ## on a machine with a GPU: STAGE=test|sanitize|tune|bench-ops|bench-bert|all, OUT=folder, DRY=1, DEVICE=cpu
 	@$(if $(filter file,$(origin VENV)),python3,$(bin)/python) benchmarks/gpu_stages.py $(or $(STAGE),all) \
-	    --out $(or $(OUT),gpu-output) $(if $(DRY),--dry)
+	    --out $(or $(OUT),gpu-output) --device $(or $(DEVICE),cuda) $(if $(DRY),--dry)
 
 test: env ## the tests that this machine can run, in at most 10 minutes
 	@$(call run_tests,not full)

@@ -129,7 +129,12 @@ def run(
     rows = []
     for name in names:
         what, build = known[name]
-        model, ready = build(case, 0.0), None
+        ready = None
+        try:
+            model = build(case, 0.0)
+        except Exception as error:
+            rows.append(bench_bert.Row(name, what, reason(error)))
+            continue
         for how in (COME, SORTED, BUDGET):
             row = bench_bert.Row(name if how == COME else f"{name}, {how}", f"{what}; texts {how}")
             rows.append(row)

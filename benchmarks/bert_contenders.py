@@ -106,7 +106,8 @@ def hugging_face(
         more = {"vocab_size": VOCABULARY, "max_position_embeddings": max(512, case.seq)}
         config = transformers.BertConfig(**sizes, **more)
         whole, bare = transformers.BertForSequenceClassification, transformers.BertModel
-    model = whole(config) if case.training else bare(config, add_pooling_layer=False)
+    with torch.device(case.device):  # drawn where they are used: on a GPU in no time
+        model = whole(config) if case.training else bare(config, add_pooling_layer=False)
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases start as zeros and norms as ones, which would hide an error in them.

@@ -310,7 +310,7 @@ def save(found: dict[str, Any], file: Path) -> Path:
 
 def _json(found: dict[str, Any]) -> str:
     """A line of text for each case and each result, so that two records can be compared line by line."""
-    short: Callable[[Any], str] = lambda value: json.dumps(_rounded(value))  # noqa: E731
+    short: Callable[[Any], str] = lambda value: json.dumps(rounded(value))  # noqa: E731
     parts = []
     for key, value in found.items():
         if isinstance(value, list) and value:
@@ -321,10 +321,10 @@ def _json(found: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Five digits: no clock tells more."""
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
-    return [_rounded(inner) for inner in value] if isinstance(value, list) else value
+        return {key: rounded(inner) for key, inner in value.items()}
+    return [rounded(inner) for inner in value] if isinstance(value, list) else value

@@ -13,18 +13,24 @@ import matplotlib
 matplotlib.use("Agg")  # files are written, no window opened
 
 import matplotlib.pyplot as plt
+from PIL import Image
 
-from .runs import Run, Series
+from .batching import BUDGET, COME, SORTED
+from .parts import OURS as OURS_NAMES
+from .runs import IN_BATCHES, Run, Series
 from .suite_table import header
 
+WAYS = (COME, SORTED, BUDGET)
 OURS, PEER, INK = "#0f9d76", "#9aa5b1", "#26323d"
 PALETTE = ("#0f9d76", "#5579a8", "#d9822b", "#9a5fb5", "#b5485d", "#9aa5b1", "#4aa3a2", "#6f6f6f")
+COLOURS = 64
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #26323d; max-width: 1060px; margin: 2em auto; padding: 0 1em }
 h1 { margin-bottom: 0 } .machine, figcaption, .notes { color: #5b6770; font-size: 14px }
 figure { margin: 2em 0 } img { max-width: 100% } table { border-collapse: collapse; font-size: 14px }
 td, th { padding: 2px 10px; text-align: right } td:first-child, th:first-child { text-align: left }
 tr.group td { font-weight: bold; padding-top: 10px } tr.ours td { color: #0b7a5b } .red { color: #b3261e }
+summary { font-size: 1.5em; font-weight: bold; cursor: pointer }
 """
 
 
@@ -37,8 +43,10 @@ def write(run: Run, folder: Path) -> Path:
         if figure is None:
             continue
         file = folder / f"{name}.png"
-        figure.savefig(file, dpi=130, bbox_inches="tight")
+        figure.savefig(file, dpi=110, bbox_inches="tight")
         plt.close(figure)
+        with Image.open(file) as picture:  # few colours take a third of the bytes
+            picture.convert("RGB").quantize(COLOURS).save(file, optimize=True)
         data = base64.b64encode(file.read_bytes()).decode()
         shown.append(
             f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(name)}">'
@@ -68,8 +76,9 @@ def _page(run: Run, shown: list[str]) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>pytorch-ext bench {text(run.suite)}</title>'
         f"<style>{STYLE}</style><h1>pytorch-ext bench: {text(run.suite)}</h1>"
         f'<p class="machine">{text(header(run))}<br>How it was timed: {text(run.environment["how_timed"])}</p>{red}'
-        f"{''.join(shown)}<h2>Every series</h2><table><tr><th></th><th>ms</th><th>speed-up</th><th>quartiles</th></tr>"
-        f'{"".join(rows)}</table><h2>Left out</h2><ul class="notes">{notes}</ul></html>\n'
+        f"{''.join(shown)}<details><summary>Every series</summary><table>"
+        "<tr><th></th><th>ms</th><th>speed-up</th><th>quartiles</th></tr>"
+        f'{"".join(rows)}</table></details><h2>Left out</h2><ul class="notes">{notes}</ul></html>\n'
     )
 
 
@@ -83,17 +92,23 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _whole(run: Run) -> list[Series]:
+    """Whole models on one batch."""
+    return [one for one in _models(run) if IN_BATCHES not in one.case]
+
+
+def _models(run: Run) -> list[Series]:
     return [one for one in run.series if one.suite in ("bert", "train") and one.speedup]
 
 
 def speedups(run: Run) -> Any:
-    """Bars: each contender over the baseline, in the case that has most contenders."""
+    """Bars: each contender over the baseline, in the case that has most contenders and, of these, most padding."""
     groups: dict[str, list[Series]] = {}
     for one in _whole(run) or [one for one in run.series if one.speedup]:
         groups.setdefault(one.group, []).append(one)
     if not groups:
         return None
-    name = max(groups, key=lambda group: len(groups[group]))
+    padding = lambda group: 1.0 - groups[group][0].facts.get("filled", 1.0)  # noqa: E731
+    name = max(groups, key=lambda group: (len(groups[group]), padding(group)))
     bars = sorted(groups[name], key=lambda one: one.speedup["median"])
     figure, axes = _axes(9, 0.42 * len(bars) + 1.2)
     for place, one in enumerate(bars):
@@ -106,6 +121,7 @@ def speedups(run: Run) -> Any:
             (6, 0),
             textcoords="offset points",
             va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the line of the baseline
         )
     axes.set_yticks(range(len(bars)), [one.contender for one in bars])
     axes.axvline(1.0, color=INK, lw=0.8, ls=(0, (4, 3)))
@@ -148,7 +164,8 @@ def _throughput(run: Run, along: str, label: str) -> Any:
     points = [one for one in _whole(run) if one.suite == "bert" and "real_tokens" in one.facts]
     if not points:
         return None
-    key = lambda one: (one.facts["hidden"], one.facts["layers"], one.dtype, one.facts[other])  # noqa: E731
+    alike = ("hidden", "layers", "batch", other)
+    key = lambda one: (one.dtype, *(one.facts[name] for name in alike))  # noqa: E731
     groups: dict[Any, list[Series]] = {}
     for one in points:
         groups.setdefault(key(one), []).append(one)
@@ -158,9 +175,10 @@ def _throughput(run: Run, along: str, label: str) -> Any:
     figure, axes = _axes(9, 4.5)
     names = list(dict.fromkeys(one.contender for one in own))
     for name in names:
-        line = sorted(
-            (one.facts[along], one.facts["real_tokens"] / one.median) for one in own if one.contender == name
-        )
+        rates = {
+            one.facts[along]: one.facts["real_tokens"] / one.median for one in own if one.contender == name
+        }
+        line = sorted(rates.items())
         if len(line) > 1:
             axes.plot(
                 *zip(*line, strict=True), "o-", color=PALETTE[names.index(name) % len(PALETTE)], label=name
@@ -174,9 +192,7 @@ def _throughput(run: Run, along: str, label: str) -> Any:
 
 def gain(run: Run) -> Any:
     """Three bars for each case: padding removed over native kernels, our kernels over padded batches, both."""
-    best = next(
-        (name for name in ("cuda", "triton", "cpu") if any(one.contender == name for one in run.series)), None
-    )
+    best = _best(_whole(run))
     parts = {"native": "padding removed", f"{best}-padded": f"{best} kernels, padded", best: "both"}
     found: dict[str, dict[str, Series]] = {}
     for one in _whole(run):
@@ -208,14 +224,52 @@ def gain(run: Run) -> Any:
     return figure
 
 
+def _best(found: list[Series]) -> str | None:
+    """The kernels of ours that ran whole models."""
+    names = {one.contender.partition(",")[0] for one in found}
+    return next((name for name in ("cuda", "triton", "cpu") if name in names), None)
+
+
+def batches(run: Run) -> Any:
+    """Three bars for each contender: the same texts as they come, sorted by length, by tokens."""
+    found = [one for one in _models(run) if IN_BATCHES in one.case]
+    if not found:
+        return None
+    group, best = found[0].group, _best(found)
+    ratios = {one.contender: one.speedup["median"] for one in found if one.group == group}
+    wanted = ("eager", "native", f"{best}-padded", best)
+    names = [name for name in wanted if any(key.partition(",")[0] == name for key in ratios)]
+    figure, axes = _axes(9, 0.8 * len(names) + 1.5)
+    for place, name in enumerate(reversed(names)):
+        for rank, how in enumerate(WAYS):
+            ratio = ratios.get(name if how == WAYS[0] else f"{name}, {how}")
+            if ratio is None:
+                continue
+            y = place + (1 - rank) * 0.26
+            axes.barh(y, ratio, 0.24, color=PALETTE[rank], label=how if place == len(names) - 1 else None)
+            axes.annotate(
+                f"{ratio:.2f}", (ratio, y), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    axes.set_yticks(range(len(names)), list(reversed(names)))
+    axes.axvline(1.0, color=INK, lw=0.8, ls=(0, (4, 3)))
+    axes.set_xlabel("times as fast as the baseline on texts as they come")
+    axes.set_title(group, loc="left", fontweight="bold")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.5 / len(names)), ncols=3)
+    return figure
+
+
 def memory(run: Run) -> Any:
-    """Bars: what a call needs above its weights."""
+    """Bars: what a call needs above its weights, in the case that has most contenders."""
     if not run.memory:
         return None
-    case = run.memory[0]["case"]
-    bars = sorted((one["bytes"] / 1e6, one["contender"]) for one in run.memory if one["case"] == case)
+    cases = [one["case"] for one in run.memory]
+    case = max(cases, key=cases.count)
+    bars = sorted(
+        ((one["bytes"] / 1e6, one["contender"]) for one in run.memory if one["case"] == case), reverse=True
+    )
     figure, axes = _axes(9, 0.42 * len(bars) + 1.2)
-    axes.barh([name for _, name in bars], [size for size, _ in bars], color=PEER)
+    colours = [OURS if name.removesuffix("-padded") in OURS_NAMES else PEER for _, name in bars]
+    axes.barh([name for _, name in bars], [size for size, _ in bars], color=colours)
     axes.set_xlabel("MB")
     axes.set_title(f"Peak memory of one call: {case}", loc="left", fontweight="bold")
     return figure
@@ -224,6 +278,10 @@ def memory(run: Run) -> Any:
 PICTURES: dict[str, tuple[Callable[[Run], Any], str]] = {
     "speedups": (speedups, "Medians over pairs; the line spans the quartiles. Ours are green."),
     "gain": (gain, "The same batch with its padding removed, with our kernels, and with both."),
+    "batches": (
+        batches,
+        "The same texts in batches as they come, sorted by length, and as many as a number of tokens allows.",
+    ),
     "fill": (
         lambda run: _throughput(run, "filled", "share of real tokens"),
         "Real tokens alone are counted.",

@@ -14,12 +14,13 @@ from . import batching, bench_bert, timing
 from .bert_contenders import BASELINE, DTYPES, SHAPES, Case, contenders, default_names, left_out
 from .console import Bar, Progress
 from .parts import OURS, Options, Part
-from .runs import Run, Series, bert_name
+from .runs import IN_BATCHES, Run, Series, bert_name
 
 FEW = (
     *(BASELINE, "native", "native-padded", "cpu", "cpu-padded"),
     *("triton", "triton-padded", "cuda", "cuda-padded", "auto"),
 )
+BATCHED = tuple(name for name in FEW if name not in ("native-padded", "auto"))
 SLOW = ("flex", "max-autotune", "reduce-overhead", "compile-frozen", "onnxruntime", "openvino-int8")
 TINY = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 64}
 
@@ -49,13 +50,14 @@ def inference(options: Options) -> list[Part]:
             _case(options, shape, batch=1, seq=128, fill="100"),
             _case(options, shape, batch=64, fill="60"),
         ]
+    pairs = 25 if options.on_gpu else 7
     usual = [name for name in _everyone(first) if name not in SLOW]
     slow = [BASELINE, *(name for name in _everyone(first) if name in (*SLOW, "auto"))]
     return [
-        models(first, usual, 7, 240.0),
-        *(models(case, FEW, 7, 60.0) for case in rest),
+        models(first, usual, pairs, 240.0),
+        *(models(case, FEW, pairs, 60.0) for case in rest),
         in_batches(_case(options, shape), 64, 5, 120.0),
-        models(first, slow, 7, 360.0),  # what may take longest comes last
+        models(first, slow, pairs, 360.0, ", slow to prepare"),  # last, as they may take very long
     ]
 
 
@@ -69,7 +71,7 @@ def training(options: Options) -> list[Part]:
     cases = [_case(options, SHAPES["base"], mode="train", fill=fill) for fill in fills]
     few = {**SHAPES["base"], "layers": 4}
     return [
-        *(models(case, default_names(case), 3, 300.0) for case in cases),
+        *(models(case, default_names(case), 10 if options.on_gpu else 3, 300.0) for case in cases),
         in_batches(_case(options, few, mode="train"), 64, 3, 240.0),
     ]
 
@@ -81,7 +83,7 @@ def first_call(options: Options) -> list[Part]:
 
 def memory(options: Options) -> list[Part]:
     """What a call needs above its weights, in a fresh process."""
-    return _apart(options, _memory, ("infer", "train"))
+    return _apart(options, _memory, ("train", "infer"))
 
 
 def _case(options: Options, shape: dict[str, Any], **changes: Any) -> Case:
@@ -101,8 +103,9 @@ def _dtype(case: Case) -> str:
     return next(name for name, kind in DTYPES.items() if kind == case.dtype)
 
 
-def models(case: Case, names: Sequence[str], pairs: int, seconds: float) -> Part:
-    """Those of `names` that can run it, on one batch."""
+def models(case: Case, names: Sequence[str], pairs: int, seconds: float, more: str = "") -> Part:
+    """Those of `names` that can run it, on one batch; `more` tells two parts of one case apart."""
+    label = bert_name(vars(case)) + more
 
     def do(found: Run, progress: Bar) -> None:
         inputs, shown = case.inputs(), _Quiet(progress)
@@ -110,20 +113,20 @@ def models(case: Case, names: Sequence[str], pairs: int, seconds: float) -> Part
             rows := bench_bert.prepare(case, known, inputs, shown),
             bench_bert.measure(rows, case, inputs, pairs, shown),
         )
-        _told(case, names, bert_name(vars(case)), sum(case.lengths), case.batch * case.seq, run, found)
+        _told(case, names, label, sum(case.lengths), case.batch * case.seq, run, found)
 
-    return Part(f"{_suite(case)}: {bert_name(vars(case))}", seconds, do)
+    return Part(f"{_suite(case)}: {label}", seconds, do)
 
 
 def in_batches(case: Case, texts: int, pairs: int, seconds: float) -> Part:
     """As many texts in batches as they come, sorted by length, and by tokens."""
-    name = f"{bert_name(vars(case)).rpartition(', ')[0].rpartition(', ')[0]}, {texts} texts in batches"
+    name = f"{bert_name(vars(case)).rpartition(', ')[0].rpartition(', ')[0]}, {texts} {IN_BATCHES}"
 
     def do(found: Run, progress: Bar) -> None:
         work = batching.Texts(case, texts)
         shown = _Quiet(progress)
         run = lambda known: batching.run(work, known, pairs, shown)  # noqa: E731
-        _told(case, FEW, name, sum(work.lengths), work.positions(batching.COME), run, found)
+        _told(case, BATCHED, name, sum(work.lengths), work.positions(batching.COME), run, found)
 
     return Part(f"{_suite(case)}: {name}", seconds, do)
 
@@ -194,8 +197,16 @@ def _apart(options: Options, measure: Callable[[Case, str, Run], None], modes: S
             lambda found, _, case=case, name=name: measure(case, name, found),
         )
         for case in cases
-        for name in (default_names(case) if not options.tiny else ("native",))
+        for name in _few_apart(case, options)
     ]
+
+
+def _few_apart(case: Case, options: Options) -> list[str]:
+    """A process for each takes long: on a GPU, where time is short, those that a user chooses between."""
+    if options.tiny:
+        return ["native"]
+    few = {*FEW, "compile"} - {"native-padded", "cpu-padded"}
+    return [name for name in default_names(case) if not options.on_gpu or name in few]
 
 
 def _memory(case: Case, name: str, found: Run) -> None:

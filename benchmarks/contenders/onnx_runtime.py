@@ -49,6 +49,8 @@ class OnnxRuntime(nn.Module):
             model.save_model_to_file(str(file), use_external_data_format=True)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
+            # Its threads would go on spinning and take the cores from whoever comes next.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
             self.session = onnxruntime.InferenceSession(
                 str(file), options, providers=["CPUExecutionProvider"]
             )

@@ -61,7 +61,8 @@ def test_the_nested_contender_computes_the_same():
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_end_to_end_with_a_record(mode, tmp_path, capsys):
     file = tmp_path / "folder" / "record.json"
-    assert bench_bert.main([*SMALL, "--mode", mode, "--json", str(file)]) == 0
+    some = "eager-attention,native" + (",nested" if mode == "infer" else "")
+    assert bench_bert.main([*SMALL, "--mode", mode, "--contenders", some, "--json", str(file)]) == 0
     shown = capsys.readouterr().out
     found = json.loads(file.read_text())
     assert found["case"]["mode"] == mode
@@ -160,6 +161,32 @@ def test_onnx_runtime_fuses_attention_and_agrees():
     torch.testing.assert_close(model(**inputs)[mask], want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_vit_is_a_shape_too(tmp_path):
+    small = [word for word in SMALL if word != "--seq"]
+    small.remove("16")
+    file = tmp_path / "record.json"
+    words = [*small, "--model", "vit-base", "--contenders", "native", "--json", str(file)]
+    assert bench_bert.main(words) == 0
+    found = json.loads(file.read_text())
+    assert (found["case"]["family"], found["case"]["seq"], found["filled"]) == ("vit", 197, 1.0)
+    assert found["contenders"][1]["agreement"]["ok"] and found["contenders"][1]["median_seconds"] > 0
+    assert bert_contenders.left_out(case(family="vit"))["nested"] == "it knows bert alone"
+
+
+def test_another_precision_is_held_to_a_cosine():
+    """8 bits err by a hundredth, which rounding in float32 does not explain; what is plainly wrong stays red."""
+    draw = torch.Generator().manual_seed(0)
+    want = {"hidden states": torch.randn(9, 32, generator=draw)}
+    off = lambda by: {"hidden states": want["hidden states"] + by * torch.randn(9, 32, generator=draw)}  # noqa: E731
+    limits = {"hidden states": 1e-6}
+    assert not bench_bert.agreement(off(0.01), want, limits).ok
+    assert bench_bert.coarse(off(0.01), want, limits).ok
+    for wrong in (off(0.5), {"hidden states": want["hidden states"].roll(1, 0)}, off(float("nan")), {}):
+        assert not bench_bert.coarse(wrong, want, limits).ok
+    assert bert_contenders.precision("openvino-int8") == "int8"
+    assert bert_contenders.precision("openvino") == ""
+
+
 def test_who_cannot_run_is_left_out_with_a_reason():
     training = case(mode="train")
     assert bert_contenders.left_out(training)["onnxruntime"] == "it does not train"
@@ -167,3 +194,6 @@ def test_who_cannot_run_is_left_out_with_a_reason():
     assert bert_contenders.left_out(case(dtype=torch.bfloat16))["onnxruntime"].startswith("it computes fp32")
     assert bert_contenders.left_out(case(fill="100"))["cpu-padded"]
     assert next(iter(bert_contenders.contenders(case()))) == "eager"
+    usual = bert_contenders.default_names(case())
+    assert {"eager", "eager-attention", "compile", "nested", "native"} <= set(usual)
+    assert not {"max-autotune", "reference"} & set(usual)

@@ -12,7 +12,6 @@ from pytorch_ext.benchmarks import bench_families, families
 SMALL = ["--hidden", "32", "--layers", "1", "--heads", "2", "--intermediate", "48"]
 SMALL += ["--batch", "4", "--seq", "16", "--pairs", "2"]
 SHAPE = families.Shape(hidden=32, layers=1, heads=2, intermediate=48, batch=4, seq=16)
-ALL = [family.name for family in families.families()]
 
 
 def test_the_fill_is_27_percent():
@@ -21,7 +20,13 @@ def test_the_fill_is_27_percent():
     assert shape.mask.sum(1).tolist() == shape.lengths
 
 
-@pytest.mark.parametrize("family", families.families(), ids=ALL)
+SLOW = {"SentenceTransformer": [pytest.mark.full]}  # importing it takes seconds
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(one, id=one.name, marks=SLOW.get(one.name, [])) for one in families.families()],
+)
 def test_models_have_equal_weights_and_share_none(family):
     one, other = (family.build(SHAPE) for _ in range(2))
     for a, b in zip(one.parameters(), other.parameters(), strict=True):

@@ -1,6 +1,7 @@
 """The benchmarks of single ops on tiny shapes: what is compared, what is shown, and what never is."""
 
 import argparse
+import contextlib
 import json
 import math
 
@@ -15,6 +16,7 @@ from pytorch_ext.benchmarks import (
     bench_linear,
     op_bench,
     op_limits,
+    op_peers,
     op_report,
 )
 from pytorch_ext.testing import normal
@@ -64,7 +66,8 @@ def tiny(monkeypatch):
 def test_table_and_record(name, tmp_path, capsys):
     module, names = BENCHMARKS[name]
     file = tmp_path / "folder" / "record.json"
-    arguments = [*QUICK, "--dtype", "fp32,bf16", "--threads", "1", "--table", "--save", str(file)]
+    dtypes = ("fp32", "bf16") if name == "gelu" else ("fp32",)  # one of them for both stands for all
+    arguments = [*QUICK, "--dtype", ",".join(dtypes), "--threads", "1", "--table", "--save", str(file)]
     assert module.main(arguments) == 0
     found, shown = json.loads(file.read_text()), capsys.readouterr().out
     assert found["benchmark"] == f"bench_{name}"
@@ -72,7 +75,7 @@ def test_table_and_record(name, tmp_path, capsys):
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert "balanced order" in found["environment"]["how_timed"]
     assert "mode='default'" in found["peers"]["compile"]
-    wanted = [(case, dtype) for dtype in ("fp32", "bf16") for case in names]
+    wanted = [(case, dtype) for dtype in dtypes for case in names]
     assert [(case["name"], case["dtype"]) for case in found["cases"]] == wanted
     assert all(case["rates"]["copy"] > 0 and not case["disagree"] for case in found["cases"])
     for case, dtype in wanted:
@@ -100,8 +103,38 @@ def test_quick_is_shorter_and_no_input_is_constant(name):
 
 def test_every_case_has_a_name_of_its_own():
     for module, _ in BENCHMARKS.values():
-        named = [(case.name, case.shape) for case in module.cases(False)]
+        named = [(case.name, case.shape) for case in [*module.cases(False), *module.large_cases()]]
         assert len(set(named)) == len(named)
+
+
+def test_what_needs_too_much_on_a_cpu_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(op_bench, "LARGEST_BYTES", 100.0)
+    assert bench_gelu.main([*QUICK, "--only", "bias"]) == 0
+    assert "left out: bias_gelu 7 x 24 fp32: in float64 it moves" in capsys.readouterr().out
+
+
+def test_attention_has_each_kernel_of_sdpa_and_norms_have_liger_as_peers(monkeypatch):
+    """They are held to half of the digits, as every peer is; none is timed that cannot run."""
+    monkeypatch.setattr(op_peers.torch, "compile", lambda function, **how: function)
+    options = op_bench.arguments("bench", "", [*QUICK, "--peers", "all"])
+    (case, packed) = bench_attention.cases(True)
+    field = op_bench.contenders(case, options, {})
+    assert [one.name for one in field] == ["eager", "max-autotune", "sdpa-math", "sdpa-flash", "native"]
+    assert [one.name for one in op_bench.contenders(packed, options, {})] == ["eager", "native"]
+    seen = []
+
+    def forced(kernels):
+        seen.append(kernels)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(op_peers, "sdpa_kernel", forced)
+    off = lambda query, key, value, attn_mask: case.eager(query, key, value, attn_mask) * 1.1  # noqa: E731
+    field[3].compared = off
+    op_bench.check(case, field, torch.float32, "cpu", argparse.Namespace(step=lambda what: None))
+    assert {one.name for one in field if one.failures} == {"sdpa-flash"}
+    assert {tuple(kernels) for kernels in seen} == {(op_peers.SDPBackend.MATH,)}
+    (liger,) = (one for one in op_peers.peers(bench_layer_norm.cases(True)[0], "cpu") if one.name == "liger")
+    assert liger.note == "its kernels are for a GPU alone"
 
 
 def run(monkeypatch, capsys, tmp_path, function, *arguments, training=None):

@@ -251,6 +251,7 @@ def test_peak_memory_of_a_fresh_process(probe):
     assert "fresh process" in memory.method
 
 
+@pytest.mark.full
 def test_a_process_that_fails_has_no_figure(probe):
     assert timing.peak_memory(probe.broken) is None
 
