@@ -36,16 +36,19 @@ class Panel:
     nodes: Counter[str]
 
 
-def page(name: str, panels: list[Panel]) -> str:
-    """The page of one or two graphs; what differs between two is marked in the counts."""
-    sections = "".join(_section(panel, _differing(panels)) for panel in panels)
+def page(name: str, panels: list[Panel], below: str = "") -> str:
+    """The page of one or two graphs; what differs between two is marked in the counts.
+
+    ``below``: more HTML under the graphs' titles.
+    """
+    sections = "".join(_section(panel, _differing(panels), below) for panel in panels)
     return (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>'
         f"<style>{_STYLE}</style></head><body><main>{sections}</main></body></html>"
     )
 
 
-def _section(panel: Panel, differing: set[str]) -> str:
+def _section(panel: Panel, differing: set[str], below: str) -> str:
     counts = sorted(panel.nodes.items(), key=lambda item: (item[0] not in differing, -item[1], item[0]))
     items = "".join(
         f'<li class="{"other" if kind in differing else "same"}">{count} {html.escape(kind)}</li>'
@@ -53,7 +56,7 @@ def _section(panel: Panel, differing: set[str]) -> str:
     )
     return (
         f"<section><header><h1>{html.escape(panel.title)}: {panel.nodes.total()} nodes</h1>"
-        f"<p>{html.escape(panel.note)}</p><ul>{items}</ul></header>"
+        f"<p>{html.escape(panel.note)} {below}</p><ul>{items}</ul></header>"
         f'<iframe src="{html.escape(panel.url)}" title="{html.escape(panel.title)}"></iframe></section>'
     )
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import errno
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from ._errors import ExportError
+from ._errors import ExportError, first_line
 
 HOST = "127.0.0.1"
+
+
+def free(port: int) -> None:
+    """Looked at first: a model takes its time to export.
+
+    Raises:
+        ExportError: somebody listens on ``port``, or nobody may.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+            told = "is in use" if in_use else f"cannot be listened on: {first_line(error)}"
+            raise ExportError(f"port: {port} {told}") from None
 
 
 class Server:

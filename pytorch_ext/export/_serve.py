@@ -4,13 +4,15 @@
 ends when its standard input does. It imports neither torch nor pytorch_ext, so that it is there at once.
 
 Netron shows one model per process, and asks in its page for leave to report on its use. Here nothing is reported: the
-page may talk to its own server alone, so that the question has no point and is not asked.
+page may talk to its own server alone, so that the question has no point and is not asked. And from 180 days after its
+release on it shows nothing but a demand to be updated, also where nobody can: here it is as old as the day.
 """
 
 import errno
 import functools
 import http.server
 import os
+import re
 import signal
 import sys
 import threading
@@ -42,8 +44,22 @@ def main(kind: str, what: str, port: int) -> None:
 def serve_netron(file: str, port: int) -> int:
     import netron
 
+    as_of_today(netron.server._HTTPRequestHandler)
     add_headers({"Content-Security-Policy": NOBODY_ELSE, "Set-Cookie": f"consent={int(time.time())}; path=/"})
     return netron.start(file, address=(HOST, port), browse=False)[1]
+
+
+def as_of_today(handler: type) -> None:
+    """Netron reads from its page how old it is."""
+    write = handler._write
+    today = time.strftime("%Y-%m-%d %H:%M:%S").encode()
+
+    def write_with_date(self, status_code, content_type, content):
+        if content_type == "text/html":
+            content = re.sub(rb'(<meta name="date" content=")[^"]*', rb"\g<1>" + today, content)
+        write(self, status_code, content_type, content)
+
+    handler._write = write_with_date
 
 
 def serve_page(folder: str, port: int) -> int:

@@ -91,13 +91,17 @@ class Standard:
         scale: float,
         backend: str,
     ):
-        """(T, H, D): dense attention over all tokens, in which nobody sees another sequence."""
+        """(T, H, D): dense attention over all tokens, in which nobody sees another sequence.
+
+        Tokens behind the last sequence get zeros.
+        """
         _without_dropout(dropout_p)
         op = self.op
         at_q, row_q = self._places(query, cu_seqlens_q)
         at_k, row_k = self._places(key, cu_seqlens_k)
         first, second = self._ints(1), self._ints(0)
         mask = op.Equal(op.Unsqueeze(row_q, first), op.Unsqueeze(row_k, second))  # (T_q, T_k)
+        mask = op.And(mask, op.Unsqueeze(op.Less(row_k, op.Shape(cu_seqlens_k)), second))
         if is_causal:
             mask = op.And(mask, op.GreaterOrEqual(op.Unsqueeze(at_q, first), op.Unsqueeze(at_k, second)))
         q, k, v = (op.Unsqueeze(op.Transpose(t, perm=[1, 0, 2]), self._ints(0)) for t in (query, key, value))
@@ -190,10 +194,13 @@ class Standard:
         if mask is None:
             return op.MatMul(op.Softmax(scores, axis=-1), value)
         if not _is_bool(mask):
-            return op.MatMul(op.Softmax(op.Add(scores, mask), axis=-1), value)
-        weights = op.Softmax(op.Where(mask, scores, self._like(-math.inf, query)), axis=-1)
+            scores = op.Add(scores, mask)
+            mask = op.Greater(mask, self._like(-math.inf, query))
+        else:
+            scores = op.Where(mask, scores, self._like(-math.inf, query))
         # A query that may attend nothing gets zeros and not NaN.
-        return op.MatMul(op.Where(mask, weights, self._like(0.0, query)), value)
+        weights = op.Where(mask, op.Softmax(scores, axis=-1), self._like(0.0, query))
+        return op.MatMul(weights, value)
 
     def _by_query(self, mask, query, key):
         """A mask that is the same for all queries, for each of them: ONNX Runtime does not repeat it by itself."""

@@ -1,4 +1,4 @@
-"""An encoder from a folder, and inputs to trace it with."""
+"""An encoder from a folder, its tokenizer, and inputs to trace it with."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ LENGTH = 16
 
 
 def loaded(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The Hugging Face encoder in ``folder``, for inference, and a batch of two: ids ``(2, seqlen)`` with their mask.
+    """The Hugging Face encoder in ``folder``, for inference, and a batch of two: of ids with their mask, or of images.
 
     Raises:
-        ExportError: no such folder, no checkpoint in it, or a model that takes no tokens.
+        ExportError: no such folder, no checkpoint in it, or a model of something else.
     """
     transformers = optional("transformers")
     if not folder.is_dir():
@@ -27,22 +27,34 @@ def loaded(folder: Path) -> tuple[nn.Module, dict[str, Tensor]]:
         model = transformers.AutoModel.from_pretrained(folder).eval()
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"FOLDER: {folder} cannot be loaded: {first_line(error)}") from error
-    if not hasattr(config, "vocab_size"):
-        raise ExportError(f"FOLDER: expected a model of tokens, got {type(model).__name__}")
-    return model, _example(config)
+    inputs = example(config)
+    if not inputs:
+        raise ExportError(f"FOLDER: expected a model of tokens or images, got {type(model).__name__}")
+    return model, inputs
 
 
-def small_bert() -> tuple[nn.Module, dict[str, Tensor]]:
-    """A BERT of twelve narrow layers with random weights: its graph is that of BERT-base."""
-    transformers = optional("transformers")
-    sizes = {"hidden_size": 48, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 96}
-    config = transformers.BertConfig(vocab_size=100, max_position_embeddings=64, **sizes)
-    return transformers.BertModel(config).eval(), _example(config)
+def tokenizer(folder: Path) -> Any:
+    """The Hugging Face tokenizer in ``folder``.
+
+    Raises:
+        ExportError: there is none.
+    """
+    try:
+        return optional("transformers").AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"FOLDER: {folder} has no tokenizer for a text: {first_line(error)}") from error
 
 
-def _example(config: Any) -> dict[str, Tensor]:
-    length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
-    ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, length // 2 :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+def example(config: Any) -> dict[str, Tensor]:
+    """Inputs for a model of this configuration; none if it takes neither tokens nor images."""
+    generator = torch.Generator().manual_seed(0)
+    if hasattr(config, "vocab_size"):
+        length = min(LENGTH, getattr(config, "max_position_embeddings", LENGTH))
+        ids = torch.randint(config.vocab_size, (2, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1, length // 2 :] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+    size = getattr(config, "image_size", None)
+    if isinstance(size, int):
+        return {"pixel_values": torch.randn(2, config.num_channels, size, size, generator=generator)}
+    return {}

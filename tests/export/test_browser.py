@@ -23,6 +23,13 @@ pytestmark = pytest.mark.full
 SECONDS = 60
 DRAWN = "document.body.classList.contains('default') && document.querySelectorAll('#canvas .node').length"
 
+# Of the graph what lies around a node of this kind.
+SHOW = """
+    for (let i = 0; i < 5; i++) document.getElementById('zoom-out-button').click();
+    [...document.querySelectorAll('#canvas .node')].find(node => node.textContent.startsWith('%s'))
+        .scrollIntoView({block: 'center', inline: 'center'});
+"""
+
 
 class Browser:
     """Chromium by its DevTools protocol, over a pipe: https://chromedevtools.github.io/devtools-protocol/."""
@@ -66,8 +73,17 @@ class Browser:
         ]
         return self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-    def value(self, session, expression):
-        return self.ask("Runtime.evaluate", session, expression=expression)["result"].get("value")
+    def value(self, session, expression, frame=None):
+        """In the page, or in a frame of it, which another server may have sent."""
+        where = {}
+        if frame is not None:
+            world = self.ask("Page.createIsolatedWorld", session, frameId=frame)
+            where["contextId"] = world["executionContextId"]
+        return self.ask("Runtime.evaluate", session, expression=expression, **where)["result"].get("value")
+
+    def frames(self, session):
+        tree = self.ask("Page.getFrameTree", session)["frameTree"]
+        return [child["frame"]["id"] for child in tree.get("childFrames", ())]
 
     def screenshot(self, session, file):
         file.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", session)["data"]))
@@ -91,29 +107,43 @@ def browser(tmp_path):
         yield browser
 
 
+def wait(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "nothing was drawn"
+        time.sleep(0.1)
+
+
 def test_netron_draws_the_graph_before_and_after(browser, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     config = transformers.BertConfig(vocab_size=50, max_position_embeddings=32, **sizes)
     model = transformers.BertModel(config).eval()
     mask = torch.tensor([[1] * 8, [1] * 4 + [0] * 4])
     example = {"input_ids": torch.arange(16).view(2, 8), "attention_mask": mask}
-    with export.view(model, kwargs=example, compare=True, browse=False) as shown:
-        for url, nodes in zip(shown.graphs, shown.nodes, strict=True):
-            page = browser.open(url, 900, 1400)
-            end = time.monotonic() + SECONDS
-            while not browser.value(page, DRAWN) and time.monotonic() < end:
-                time.sleep(0.2)
-            drawn = browser.value(page, "document.querySelector('#canvas').textContent")
+    with export.view(model, kwargs=example, compare=True, weights=True, browse=False) as shown:
+        page = browser.open(shown.url, 1500, 1000)
+        wait(lambda: len(browser.frames(page)) == 2)
+        for frame, nodes in zip(browser.frames(page), shown.nodes, strict=True):
+            wait(lambda frame=frame: browser.value(page, DRAWN, frame))
+            drawn = browser.value(page, "document.querySelector('#canvas').textContent", frame)
             for kind in ("Softmax", "Attention", "LayerNormalization", "Gelu"):
                 assert drawn.count(kind) == nodes[kind], kind
-        both = browser.open(shown.url, 1500, 900)
-        end = time.monotonic() + SECONDS
-        while (
-            browser.value(both, "document.querySelectorAll('iframe').length") != 2 and time.monotonic() < end
-        ):
-            time.sleep(0.2)
-        assert "1 Attention" in browser.value(both, "document.body.innerText")
-        time.sleep(8)  # the frames are other origins, whose drawing this page cannot ask for
+            browser.value(page, SHOW % ("Attention" if nodes["Attention"] else "Softmax"), frame)
+        assert "1 Attention" in browser.value(page, "document.body.innerText")
         picture = tmp_path / "before-and-after.png"  # kept with pytest's last three runs
-        browser.screenshot(both, picture)
+        browser.screenshot(page, picture)
+
+        weights = browser.open(shown.weights, 1200, 1000)
+        wait(lambda: browser.value(weights, "document.readyState") == "complete")
+        assert browser.value(weights, "document.querySelectorAll('svg').length") == 3
+        assert browser.value(weights, "[...document.images].filter(i => i.naturalWidth > 0).length") == 1
     print(f"screenshot: {picture}")
+
+
+def test_netron_draws_a_pt2(browser, tmp_path):
+    made = export.to_pt2(torch.nn.Linear(2, 3), torch.ones(4, 2), tmp_path / "m.pt2")
+    with export.view(made.path, browse=False) as shown:
+        page = browser.open(shown.graphs[0], 900, 900)
+        wait(lambda: browser.value(page, DRAWN))
+        drawn = browser.value(page, "document.querySelector('#canvas').textContent")
+        assert shown.nodes == [{"linear": 1}] and drawn.count("linear") == 1

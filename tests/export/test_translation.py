@@ -22,12 +22,13 @@ class Varlen(nn.Module):
 
 @pytest.mark.parametrize("opset", [23, pytest.param(18, marks=pytest.mark.full)])
 def test_causal_is_counted_within_each_sequence(opset):
-    ends = ([0, 4, 6, 9], [0, 3, 12, 14])  # queries and keys of other lengths
+    ends = ([0, 4, 6, 9], [0, 3, 12, 14])  # queries and keys of other lengths, and behind them two of neither
     cu_seqlens = [torch.tensor(e, dtype=torch.int32) for e in ends]
     generator = torch.Generator().manual_seed(0)
-    args = (*(torch.randn(e[-1], 4, 8, generator=generator) for e in ends), *cu_seqlens)
+    args = (*(torch.randn(e[-1] + 2, 4, 8, generator=generator) for e in ends), *cu_seqlens)
     with pytorch_ext.backends.use("reference"), torch.no_grad():
-        expected = Varlen()(*args)
+        real = (t[: e[-1]] for t, e in zip(args, ends, strict=False))
+        expected = [nn.functional.pad(out, (0, 0, 0, 0, 0, 2)) for out in Varlen()(*real, *cu_seqlens)]
         program = torch.export.export(Varlen(), args, strict=False)
     assert any("varlen_attention_fwd" in str(node.target) for node in program.graph.nodes)
     table = export.translation_table(opset)
@@ -37,3 +38,21 @@ def test_causal_is_counted_within_each_sequence(opset):
     found = session.run(None, {name: t.numpy() for name, t in zip(names, args, strict=True)})
     for ours, theirs in zip(expected, found, strict=True):
         assert (ours - torch.from_numpy(theirs)).abs().max() <= TOLERANCE
+
+
+class Masked(nn.Module):
+    def forward(self, query, mask):
+        return nn.functional.scaled_dot_product_attention(query, query, query, mask)
+
+
+def test_nobody_to_attend_is_zeros(tmp_path):
+    query = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 3, 3)
+    mask[..., 1, :] = mask[..., 2, 2] = -torch.inf
+    for opset in (18, 23):
+        made = export.to_onnx(Masked(), (query, mask), tmp_path / "m.onnx", opset=opset, dynamic=False)
+        assert made.nodes["Softmax" if opset == 18 else "Attention"] == 1
+        session = onnxruntime.InferenceSession(made.path)
+        names = [declared.name for declared in session.get_inputs()]
+        (found,) = session.run(None, dict(zip(names, (query.numpy(), mask.numpy()), strict=True)))
+        assert not found[:, :, 1].any() and found[:, :, 2].any()
