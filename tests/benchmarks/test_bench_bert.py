@@ -150,6 +150,7 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_onnx_runtime_fuses_attention_and_agrees():
     model = onnx_runtime.OnnxRuntime(case(layers=2))
     assert model.fused["Attention"] == 2
