@@ -20,7 +20,7 @@ KINDS = ("layers", "selective")
 
 _OURS = ("linear_fwd", "varlen_attention_fwd", "scaled_dot_product_attention_fwd")
 _ATEN = (
-    *("mm", "addmm", "bmm", "baddbmm"),
+    *("mm", "addmm"),  # not bmm, which makes the scores of attention in parts: one for each pair of positions
     *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"),
     *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
 )
