@@ -9,7 +9,6 @@
 #include "product.h"
 
 namespace pytorch_ext {
-namespace {
 
 Activation activation_of(const std::string& name) {
     if (name == "none") return Activation::none;
@@ -18,6 +17,20 @@ Activation activation_of(const std::string& name) {
     TORCH_CHECK_VALUE(name == "gelu_tanh", "activation: expected none, relu, gelu or gelu_tanh, got ", name);
     return Activation::gelu_tanh;
 }
+
+namespace {
+
+Tensor lay_out(const Tensor& weight, bool keep) {
+    return lay_out_right(transposed(matrix_of(weight.contiguous())), weight.size(1), weight.size(0), keep);
+}
+
+}  // namespace
+
+Tensor laid_out_for_inference(const Tensor& weight) {
+    return laid_out(weight, [&] { return lay_out(weight, true); });
+}
+
+namespace {
 
 Epilogue epilogue_to(const Tensor& out, int64_t row) {
     return {nullptr, Activation::none, out.mutable_data_ptr(), nullptr, dtype_of(out), row};
@@ -34,10 +47,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& weight,
     if (out.numel() == 0) return {out, preactivation};
 
     const Tensor x = input.contiguous(), bias_floats = as_floats(bias);
-    const auto lay_out = [&](bool keep) {
-        return lay_out_right(transposed(matrix_of(weight.contiguous())), k, n, keep);
-    };
-    const Tensor panels = frozen ? laid_out(weight, [&] { return lay_out(true); }) : lay_out(false);
+    const Tensor panels = frozen ? laid_out_for_inference(weight) : lay_out(weight, false);
     Epilogue epilogue = epilogue_to(out, n);
     epilogue.bias = floats(bias_floats);
     epilogue.activation = activation_of(activation);

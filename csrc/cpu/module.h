@@ -45,22 +45,33 @@ inline Tensor as_floats(const OptionalTensor& t) {
 
 inline const float* floats(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-// Room for `n` floats that belongs to the calling thread and is kept from call to call, until it asks for more.
-inline float* thread_scratch(size_t n) {
-    struct Memory {
-        void* data = nullptr;
-        size_t floats = 0;
-        ~Memory() { std::free(data); }
-    };
-    static thread_local Memory memory;
-    if (n > memory.floats) {
-        std::free(std::exchange(memory.data, nullptr));
-        memory.floats = 0;
-        memory.data = std::aligned_alloc(64, (n * sizeof(float) + 63) / 64 * 64);
-        TORCH_CHECK(memory.data, "out of memory for ", n, " floats of scratch");
-        memory.floats = n;
+// Memory without a purpose, kept from one time to the next, until more of it is asked for.
+class Scratch {
+public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(data_); }
+
+    float* of(size_t floats) {
+        if (floats > floats_) {
+            std::free(std::exchange(data_, nullptr));
+            floats_ = 0;
+            data_ = std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+            TORCH_CHECK(data_, "out of memory for ", floats, " floats of scratch");
+            floats_ = floats;
+        }
+        return static_cast<float*>(data_);
     }
-    return static_cast<float*>(memory.data);
+
+private:
+    void* data_ = nullptr;
+    size_t floats_ = 0;
+};
+
+// Room for `n` floats that belongs to the calling thread.
+inline float* thread_scratch(size_t n) {
+    static thread_local Scratch memory;
+    return memory.of(n);
 }
 
 // Runs `work(item)` for items 0 to n - 1 on the threads of PyTorch, each as soon as a thread is free, and on every thread

@@ -78,13 +78,11 @@ void zero_if_any(const Tensor& t) {
     if (t.numel()) t.zero_();
 }
 
-std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                int64_t, int64_t, const OptionalTensor& rng, double dropout_p,
-                                                bool is_causal, double scale) {
-    const Tensor out = at::empty({query.size(0), query.size(1), value.size(2)}, query.options());
-    const Tensor lse = at::empty({query.size(1), query.size(0)}, query.options().dtype(at::kFloat));
-    if (lse.numel() == 0) return {out, lse};
+}  // namespace
+
+void attend_packed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
+                   const Tensor& cu_seqlens_k, const OptionalTensor& rng, double dropout_p, bool is_causal,
+                   double scale, const Tensor& out, const Tensor& lse) {
     const Tensor q = with_dense_rows(query), k = with_dense_rows(key), v = with_dense_rows(value);
     Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, rng, dropout_p, is_causal, scale);
     if (call.a.q_ends[call.a.batch] < query.size(0)) {
@@ -95,6 +93,19 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& query, const Tenso
     run_items(call.a, call.products, [&](int64_t item, float* scratch) {
         PYTORCH_EXT_CALL(attention_forward, call.a, item, scratch);
     });
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                int64_t, int64_t, const OptionalTensor& rng, double dropout_p,
+                                                bool is_causal, double scale) {
+    const Tensor out = at::empty({query.size(0), query.size(1), value.size(2)}, query.options());
+    const Tensor lse = at::empty({query.size(1), query.size(0)}, query.options().dtype(at::kFloat));
+    if (lse.numel() > 0)
+        attend_packed(query, key, value, cu_seqlens_q, cu_seqlens_k, rng, dropout_p, is_causal, scale, out,
+                      lse);
     return {out, lse};
 }
 

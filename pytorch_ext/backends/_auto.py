@@ -14,6 +14,7 @@ FASTEST: dict[tuple[str, str], str] = {
     ("bias_gelu", "cpu"): "cpu",
     ("dropout_add_layer_norm", "cpu"): "cpu",
     ("embedding_layer_norm", "cpu"): "cpu",
+    ("encoder_layer", "cpu"): "cpu",
     ("gelu", "cpu"): "cpu",
     ("layer_norm", "cpu"): "cpu",
     ("linear", "cpu"): "cpu",

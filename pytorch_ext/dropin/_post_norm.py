@@ -75,7 +75,8 @@ def fused_layer(
         x = packed.unpad(x)
     rate = parts.attention_dropout
     with scope(layer):
-        whole = None if packed is None or bias is not None else _as_one(parts, x, packed)
+        plain = bias is None and (packed is not None or mask is None)
+        whole = _as_one(parts, x, packed) if plain else None
         if whole is not None:
             return packed.pad(whole) if padded else whole
         context = attend(
@@ -91,7 +92,7 @@ def fused_layer(
     return packed.pad(x) if padded else x
 
 
-def _as_one(parts: PostNormParts, x: Tensor, packed: Packed) -> Tensor | None:
+def _as_one(parts: PostNormParts, x: Tensor, packed: Packed | None) -> Tensor | None:
     """The layer as one op, where a backend has it and nothing is in its way."""
 
     def of_three() -> PostNorm | None:

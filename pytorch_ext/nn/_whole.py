@@ -29,17 +29,24 @@ class PostNorm(NamedTuple):
 
 
 def as_one(
-    x: Tensor, packed: Packed, parts: Callable[[], PostNorm | None], head_dim: int, causal: bool = False
+    x: Tensor,
+    packed: Packed | None,
+    parts: Callable[[], PostNorm | None],
+    head_dim: int,
+    causal: bool = False,
 ) -> Tensor | None:
-    """The layer on tokens ``(total_tokens, hidden)``; None where it has to run op by op.
+    """The layer on ``x``; None where it has to run op by op.
 
     Args:
+        x: tokens ``(total_tokens, hidden)`` beside ``packed``; else ``(batch, seqlen, hidden)``, without any mask.
         parts: asked for only where a backend has the op; None if they are not what they were.
     """
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return None
-    heads = x.shape[1] // max(head_dim, 1)
-    backend = backend_of(x, heads, head_dim) if heads * head_dim == x.shape[1] > 0 else None
+    hidden = x.shape[-1]
+    heads = hidden // max(head_dim, 1)
+    tokens = x if packed is not None else x.flatten(0, -2)
+    backend = backend_of(tokens, heads, head_dim) if heads * head_dim == hidden and x.numel() else None
     layer = None if backend is None else parts()
     if layer is None:
         return None
@@ -55,23 +62,34 @@ def as_one(
     ends = [t for m in in_turn for t in (m.weight, m.bias)]
     tensors = [*layer.in_weights, *layer.in_biases, *ends]
     needed = [*layer.in_biases, *(m.bias for m in (layer.out, *linears))]
-    if any(t is None for t in needed) or not _alike(x, [t for t in tensors if t is not None]):
+    if any(t is None for t in needed) or not _fit(layer, hidden):
         return None
-    width = sum(w.shape[0] for w in layer.in_weights)
-    if width != 3 * x.shape[1] or layer.norm1.weight.shape != x.shape[1:] != layer.down.weight.shape[:1]:
+    if not _alike(x, [t for t in tensors if t is not None]):
         return None
-    return encoder_layer(
-        *(
-            x,
-            layer.in_weights,
-            layer.in_biases,
-            *ends,
-            packed.cu_seqlens,
-            packed.max_seqlen,
-            heads,
-            activation,
-        ),
+    if packed is None:
+        longest = x.shape[-2]
+        cu_seqlens = torch.arange(0, tokens.shape[0] + 1, longest, dtype=torch.int32, device=x.device)
+    else:
+        cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
+    found = encoder_layer(
+        *(tokens, layer.in_weights, layer.in_biases, *ends, cu_seqlens, longest, heads, activation),
         *(causal, head_dim**-0.5, layer.norm1.eps, layer.norm2.eps, backend),
+    )
+    return found.view(x.shape)
+
+
+def _fit(layer: PostNorm, hidden: int) -> bool:
+    """Whether each tensor has the shape that its place asks for: where one has not, the modules have to say so."""
+    inner = layer.up.weight.shape[0]
+    linears = ((layer.out, hidden, hidden), (layer.up, inner, hidden), (layer.down, hidden, inner))
+    each = 3 * hidden // len(layer.in_weights)
+    return (
+        all(w.shape == (each, hidden) for w in layer.in_weights)
+        and all(b.shape == (each,) for b in layer.in_biases)
+        and all(m.weight.shape == (rows, cols) and m.bias.shape == (rows,) for m, rows, cols in linears)
+        and all(
+            t is None or t.shape == (hidden,) for m in (layer.norm1, layer.norm2) for t in (m.weight, m.bias)
+        )
     )
 
 

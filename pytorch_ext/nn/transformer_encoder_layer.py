@@ -50,7 +50,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 
 
 def _norm_last(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> Tensor:
-    whole = None if where.packed is None else _as_one(layer, x, where)
+    as_rows = where.fits and where.mask is None and x.dim() == 3 and not where.seq_first
+    whole = _as_one(layer, x, where) if where.packed is not None or as_rows else None
     if whole is not None:
         return whole
     ends = layer.dropout1, layer.norm1

@@ -48,7 +48,7 @@ def test_a_row_counts_on_its_own_architecture_alone(architecture, gpu, cuda_tens
 
 def test_every_row_names_what_exists():
     for (op, device), name in REAL.items():
-        assert op in OPS and name in backends.names()
+        assert f"{op}_fwd" in backends._registry.backend("reference").kernels() and name in backends.names()
         assert device == "cpu" or device in TABLE
     assert backends._auto.WORTHWHILE.keys() <= REAL.keys()
     assert backends._auto.COMPILED_INFERENCE.keys() <= REAL.keys()

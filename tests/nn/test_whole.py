@@ -1,0 +1,111 @@
+"""A layer as one op: taken where that is all that calling its modules would do, by models and by modules."""
+
+import pytest
+import torch
+from torch import nn
+
+import pytorch_ext
+from pytorch_ext import backends
+from pytorch_ext import nn as px
+from pytorch_ext.models import BertConfig, BertModel
+from pytorch_ext.nn import _whole
+from pytorch_ext.testing import padding_mask
+
+HIDDEN, HEADS, INNER = 64, 2, 96
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How the op was called."""
+    found, op = [], _whole.encoder_layer
+
+    def call(*arguments):
+        found.append(arguments)
+        return op(*arguments)
+
+    monkeypatch.setattr(_whole, "encoder_layer", call)
+    with backends.use("reference"):
+        yield found
+
+
+@pytest.fixture(params=["bert", "torch", "torch, sequence first"])
+def case(request):
+    """An encoder, its layers, and what runs it: on a mask of the real positions, or on none."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 9, HIDDEN, dtype=torch.float64)
+    if request.param == "bert":
+        sizes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "intermediate_size": INNER}
+        config = BertConfig(vocab_size=9, num_hidden_layers=2, **sizes)
+        encoder = pytorch_ext.optimize(BertModel(config).encoder)
+        layers = encoder.layer
+
+        def run(real):
+            return encoder(x.to(layers[0].intermediate.dense.weight.dtype), real).last_hidden_state
+
+    else:
+        first = request.param == "torch"
+        layer = px.TransformerEncoderLayer(HIDDEN, HEADS, INNER, batch_first=first)
+        encoder = px.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        layers = encoder.layers
+
+        def run(real):
+            given = x.to(layers[0].linear1.weight.dtype)
+            given = given if first else given.transpose(0, 1)
+            out = encoder(given, None, None if real is None else ~real)
+            return out if first else out.transpose(0, 1)
+
+    encoder.double().eval().requires_grad_(False)
+    return encoder, layers, run
+
+
+@pytest.mark.parametrize("lengths", [[9, 4, 6], [9, 9, 9], None], ids=["padding", "no padding", "no mask"])
+def test_models_and_modules_take_it(case, calls, lengths):
+    real = None if lengths is None else padding_mask(lengths, 9)
+    seen = real if real is not None else torch.ones(3, 9, dtype=torch.bool)
+    with backends.use("native"):
+        expected = case[2](real)[seen]
+    assert not calls
+    torch.testing.assert_close(case[2](real)[seen], expected, rtol=1e-9, atol=1e-11)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["gradients", "dropout", "hook", "dtype", "class", "autocast"])
+def test_not_where_it_would_bypass_something(case, calls, change):
+    encoder, layers, run = case
+    norm = next(m for m in layers[1].modules() if isinstance(m, nn.LayerNorm))
+    if change == "gradients":
+        encoder.requires_grad_(True)
+    if change == "dropout":
+        encoder.train()
+    if change == "hook":
+        norm.register_forward_hook(lambda *_: None)
+    if change == "dtype":
+        encoder.bfloat16()
+        norm.float()
+    if change == "class":
+        norm.__class__ = type("Another", (nn.LayerNorm,), {})
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        run(padding_mask([9, 4, 6], 9))
+    assert len(calls) == (0 if change in ("gradients", "dropout", "autocast") else 1)
+
+
+def test_what_does_not_fit_is_said_by_the_modules(case, calls):
+    _, layers, run = case
+    norm = [m for m in layers[0].modules() if isinstance(m, nn.LayerNorm)][-1]
+    norm.weight = nn.Parameter(norm.weight[:5], requires_grad=False)
+    with pytest.raises(RuntimeError, match="weight: expected shape"):
+        run(None)
+    assert not calls
+
+
+def test_auto_takes_it_on_the_cpu(case, calls):
+    if reasons := backends.why_not("cpu", "encoder_layer"):
+        pytest.skip("; ".join(reasons))
+    encoder, _, run = case
+    real = padding_mask([9, 4, 6], 9)
+    expected = run(real)[real]
+    with backends.use("auto"):
+        encoder.float()
+        got = run(real)
+    assert [arguments[-1] for arguments in calls[2:]] == ["cpu", "cpu"]
+    torch.testing.assert_close(got[real].double(), expected, rtol=1e-4, atol=1e-4)
