@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def bars(parts: Sequence[Part]) -> str:
         axes.barh(range(len(rows)), [part.bytes for part in rows], color=MAIN)
         axes.set_yticks(range(len(rows)), [part.name or part.kind for part in rows])
         for place, part in enumerate(rows):
-            axes.text(part.bytes, place, f"  {in_units(part.bytes)}", va="center", fontsize=8)
+            axes.text(part.bytes, place, f"\u00a0\u00a0{in_units(part.bytes)}", va="center", fontsize=8)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
         axes.margins(y=0.02, x=0.1)
@@ -114,12 +115,29 @@ def _grid(maps: Sequence[tuple[str, Tensor]], labels: Sequence[str] | None) -> s
         for head in range(heads):
             axes.text(head * wide + keys / 2 - 0.5, -1.2, f"head {head}", ha="center", fontsize=8)
         left = -1.5 - (0.5 * max(map(len, texts)) if named else 0)
-        for row, (name, _) in enumerate(maps):
+        for row, name in enumerate(_told_apart([name for name, _ in maps])):
             at = (left, row * tall + queries / 2 - 0.5)
-            axes.text(*at, _shortened(name, 3 * queries), ha="right", va="center", fontsize=7, rotation=90)
+            axes.text(
+                *at, _shortened(name, max(2 * queries, 8)), ha="right", va="center", fontsize=7, rotation=90
+            )
         drawn = _drawn(figure, f"attention of {len(maps)} layers and {heads} heads", "png")
     note = "" if named else f"<p>Positions 0 to {queries - 1} from above, 0 to {keys - 1} from the left.</p>"
     return f'<div class="wide">{drawn}</div>{note}'
+
+
+def _told_apart(names: list[str]) -> list[str]:
+    """``encoder.layer.0.attention.self`` and its like as ``layer.0``."""
+    if len(set(names)) < 2:
+        return names
+    paths = [name.split(".") for name in names]
+    first, last = _alike(paths), _alike([path[::-1] for path in paths])
+    return [".".join(path[max(first - 1, 0) : len(path) - last]) for path in paths]
+
+
+def _alike(paths: list[list[str]]) -> int:
+    """How many of their first parts are the same in all."""
+    same = (len(set(parts)) == 1 for parts in zip(*paths, strict=False))
+    return sum(itertools.takewhile(bool, same))
 
 
 def _line(one: Values) -> list[tuple[float, float]]:
