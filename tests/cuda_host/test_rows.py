@@ -47,6 +47,11 @@ def test_the_tests_of_the_ops(builder):
     assert_passed(run_op_tests(STEMS, files, "shuffled", None, "-m", "not full"), 300)
 
 
+def test_the_tests_of_a_layer(builder):
+    stems = ("bias_gelu", "encoder_layer", "varlen_attention")  # what it calls, the last for bfloat16 alone
+    assert_passed(run_op_tests(stems, ["encoder_layer"], "shuffled", None, "-k", "bfloat16 or tokens"), 5)
+
+
 @pytest.mark.full
 def test_in_another_order(builder):
     files = [*STEMS, "every_op_numerics", "every_op_layouts", "every_op_dropout"]

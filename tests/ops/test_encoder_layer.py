@@ -69,6 +69,8 @@ def ours(activation, causal, joined):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_contract(backend, dtype, activation, causal, joined, check_contract):
+    if backend == "cuda" and dtype == torch.float32:
+        pytest.skip("its attention multiplies 16 bits")
     call, reference = ours(activation, causal, joined), eager(activation, causal)
     check_contract(backend, call, reference, make, dtype, gradients=False)
 
