@@ -125,13 +125,16 @@ def _named(
 def _usual(tensors: list[Tensor]) -> list[dict[int, str]]:
     """Batch first, then, unless these are images, the length; equal sizes have one name."""
     names: dict[tuple[str, int], str] = {}
+    lengths = {t.shape[1] for t in tensors if t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())}
 
     def name(role: str, size: int) -> str:
         earlier = sum(known == role for known, _ in names)
         return names.setdefault((role, size), f"{role}_{earlier + 1}" if earlier else role)
 
     def free(t: Tensor) -> dict[int, str]:
-        roles = ("batch", "sequence") if t.dim() in (2, 3) else ("batch",)[: t.dim()]
+        # Two dimensions of floats are features, unless something else has this length, as beside a mask.
+        with_length = t.dim() in (2, 3) and t.shape[1] in lengths
+        roles = ("batch", "sequence") if with_length else ("batch",)[: t.dim()]
         return {dim: name(role, t.shape[dim]) for dim, role in enumerate(roles)}
 
     return [free(t) for t in tensors]
