@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import gc
 import os
 
 import hypothesis
@@ -13,6 +14,12 @@ hypothesis.settings.register_profile(
     "pytorch_ext", derandomize=True, deadline=None, database=None, max_examples=examples
 )
 hypothesis.settings.load_profile("pytorch_ext")
+
+
+def pytest_collection_finish():
+    """What was imported and collected stays: nobody has to look through it for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -178,6 +178,7 @@ def test_the_environment_variable():
     assert in_a_new_process(code, PYTORCH_EXT_BACKEND="reference").stdout.split() == ["reference"] * 2
 
 
+@pytest.mark.full
 def test_nonsense_in_the_environment_variable():
     """The import works, and an op says what is wrong; so does the report, which does not fail."""
     code = "from pytorch_ext.info import report; print(report()); pytorch_ext.ops.gelu(torch.ones(3))"

@@ -244,6 +244,7 @@ def probe(tmp_path, monkeypatch):
     del sys.modules["memory_probe_of_a_test"]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_of_a_fresh_process(probe):
     memory = timing.peak_memory(probe.prepare, 100)

@@ -175,7 +175,8 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
 
 
 # What the command line needs, and a command.
-@pytest.mark.parametrize("missing", ["typer", pytest.param("matplotlib", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("missing", ["typer", "matplotlib"])
 def test_a_missing_extra_is_one_sentence(missing, tmp_path):
     """A module that cannot be found, found first."""
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('No module', name='{missing}')\n")

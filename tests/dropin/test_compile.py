@@ -93,7 +93,7 @@ def test_full_graph_with_padding_kept_or_removed_by_force(make_pair, check, remo
     [
         ("hf.BertModel", True),
         pytest.param("hf.BertModel", False, marks=pytest.mark.full),
-        ("px.BertModel", False),
+        pytest.param("px.BertModel", False, marks=pytest.mark.full),
     ],
 )
 def test_plain_compile_with_and_without_the_switch(make_pair, check, name, capture):
@@ -159,6 +159,7 @@ def test_autocast_in_a_compiled_model(make_pair, run, assert_rounds_alike):
     assert_rounds_alike(*found, exact["last_hidden_state"])
 
 
+@pytest.mark.full
 def test_the_reference_backend(make_pair, check):
     original, fast = make_pair(backend="reference")
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
@@ -192,6 +193,7 @@ def test_recording_in_a_compiled_model(make_pair, check, name):
     check(original, compiled, inputs, real)
 
 
+@pytest.mark.full
 def test_a_hook_in_a_compiled_model(make_pair, check):
     """Set before compiling: Dynamo looks for hooks only when it compiles, in any model."""
     original, fast = make_pair()

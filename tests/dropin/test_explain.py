@@ -184,6 +184,7 @@ def test_equal_layers_are_said_once(make_pair, make_batch):
     assert len(texts[0]) == len(texts[1]) <= 25
 
 
+@pytest.mark.full
 def test_no_package_is_needed_to_print_it():
     """It is read where torch alone is installed."""
     code = (

@@ -96,6 +96,7 @@ def test_models_with_our_attention_alone(make_model, make_batch, assert_same, na
     assert_same(original, ours, batch, backward=True, **loose)
 
 
+@pytest.mark.full
 def test_one_import_registers_it_and_importing_the_package_does_not(transformers):
     script = """
 import sys, pytorch_ext

@@ -84,7 +84,8 @@ def test_a_copy_after_recording(make_pair, make_batch, assert_same, fused_layers
     assert_same(original, other, batch)
 
 
-@pytest.mark.parametrize("name", ["hf.BertModel", pytest.param("px.BertModel", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
 def test_a_file_loaded_in_another_process(make_pair, make_batch, tmp_path, name):
     original, fast = make_pair(name)
     batch = make_batch("holes")

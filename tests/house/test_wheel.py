@@ -80,6 +80,7 @@ def test_the_sdist_can_build_and_test(built):
     assert (built.unpacked / "csrc/cpu/isa/only_in_this_test.h").exists()
 
 
+@pytest.mark.full
 def test_it_installs_and_imports_from_another_folder(built, run_python, tmp_path):
     site = tmp_path / "site"
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]

@@ -251,8 +251,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         slow = getattr(getattr(item, "function", None), "full_in_interpreter", False)
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if getattr(case, "name", "") in ("causal", "varlen_causal"):
-            slow = True  # of attention the two others stand for these; causality has tests of its own
+        if getattr(case, "name", "") in ("causal", "varlen", "varlen_causal"):
+            slow = True  # one kernel serves them all; causality and varlen_attention have tests of their own
         if callable(slow):
             wanted = inspect.signature(slow).parameters
             slow = slow(**{name: value for name, value in item.callspec.params.items() if name in wanted})

@@ -237,7 +237,9 @@ def test_the_ends_of_the_probability(case, backend, device_of):
     assert torch.equal(torch.get_rng_state(), state), "without dropout nothing is drawn"
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.full)], ids=["eager", "compiled"]
+)
 def test_backward_uses_the_mask_of_forward(case, backend, compiled, device_of):
     """The output is linear in one input: <gradient, input> is <output, its gradient>, if both saw one mask."""
     dtype = torch.float64 if backend in ("reference", "native") else torch.float32

@@ -14,9 +14,8 @@ def test_error_is_at_most_that_of_eager(case, backend, dtype, regime, check_cont
     check_contract(backend, case.ours, case.eager, make, dtype, seeds=SEEDS)
 
 
-# Triton's kernels of attention are one for both ops.
-test_error_is_at_most_that_of_eager.full_in_interpreter = lambda case, dtype, regime: (
-    "attention" in case.op and (dtype == torch.float16 or (case.name == "varlen" and regime != "normal"))
+test_error_is_at_most_that_of_eager.full_in_interpreter = lambda case, dtype: (
+    dtype == torch.float16 and "attention" in case.op
 )
 
 

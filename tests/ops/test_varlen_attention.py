@@ -172,6 +172,7 @@ def test_equals_the_padded_batch(backend, check_contract):
     check_contract(backend, packed, padded, make, torch.float32)
 
 
+@pytest.mark.full
 def test_inductor_over_native(check_contract):
     """Compiled, `native` takes another way than eagerly: it pads."""
     lengths_q, lengths_k = [3, 0, 5], [4, 6, 1]
