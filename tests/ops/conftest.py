@@ -241,23 +241,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves to ``make test-full`` what Triton's interpreter, and it alone, is too slow for.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves to ``make test-full`` what Triton's interpreter, and it alone, is too slow for, or to a GPU altogether.
 
-    A test says so by ``full_in_interpreter``: True, or a function of some of its parameters that says of which.
+    A test says so by ``full_in_interpreter`` and ``not_in_interpreter``: True, or a function of some of its parameters
+    that says of which.
     """
+    left_out = set()
     for item in items:
         if not item.get_closest_marker("interpreter"):
             continue
-        slow = getattr(getattr(item, "function", None), "full_in_interpreter", False)
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if getattr(case, "name", "") in ("causal", "varlen", "varlen_causal"):
-            slow = True  # one kernel serves them all; causality and varlen_attention have tests of their own
-        if callable(slow):
-            wanted = inspect.signature(slow).parameters
-            slow = slow(**{name: value for name, value in item.callspec.params.items() if name in wanted})
-        if slow:
+        # Of attention one case stands for these, as one kernel does; causality and varlen_attention have tests of their own.
+        alike = getattr(case, "name", "") in ("causal", "varlen", "varlen_causal")
+        if alike or _says(item, "not_in_interpreter"):
+            left_out.add(item)
+        elif _says(item, "full_in_interpreter"):
             item.add_marker(pytest.mark.full)
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _says(item: pytest.Item, name: str) -> bool:
+    said = getattr(getattr(item, "function", None), name, False)
+    if callable(said):
+        wanted = inspect.signature(said).parameters
+        said = said(**{name: value for name, value in item.callspec.params.items() if name in wanted})
+    return said
 
 
 # The fixtures below that hand out a function are one for the whole session: hypothesis allows no others.

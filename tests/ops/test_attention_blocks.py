@@ -60,7 +60,7 @@ def test_many_keys(backend, threads, heads, key_heads, dtype, options, check_con
     check_contract(backend, of(ours), of(eager), make, dtype)
 
 
-test_many_keys.full_in_interpreter = True
+test_many_keys.not_in_interpreter = True
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -73,7 +73,7 @@ def test_many_queries_and_keys(backend, threads, is_causal, check_contract):
     )
 
 
-test_many_queries_and_keys.full_in_interpreter = True
+test_many_queries_and_keys.not_in_interpreter = True
 
 
 def test_the_first_keys_hidden_by_the_mask(backend, check_contract):
@@ -88,7 +88,7 @@ def test_the_first_keys_hidden_by_the_mask(backend, check_contract):
     )
 
 
-test_the_first_keys_hidden_by_the_mask.full_in_interpreter = True
+test_the_first_keys_hidden_by_the_mask.not_in_interpreter = True
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -117,7 +117,7 @@ def test_values_hidden_from_some_queries(kernel_backend, k_len, bad, device_of):
     torch.testing.assert_close(found_dv, dv)
 
 
-test_values_hidden_from_some_queries.full_in_interpreter = lambda k_len: k_len > 1000
+test_values_hidden_from_some_queries.not_in_interpreter = lambda k_len: k_len > 1000
 
 
 @pytest.mark.parametrize("k_len", [130, 1100])
@@ -132,7 +132,7 @@ def test_backward_repeats_bit_for_bit(kernel_backend, threads, heads, k_len, dev
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-test_backward_repeats_bit_for_bit.full_in_interpreter = lambda k_len: k_len > 1000
+test_backward_repeats_bit_for_bit.not_in_interpreter = lambda k_len: k_len > 1000
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -157,4 +157,4 @@ def test_a_long_sequence_beside_short_ones(backend, threads, is_causal, check_co
     check_contract(backend, ours, eager, make, torch.float32)
 
 
-test_a_long_sequence_beside_short_ones.full_in_interpreter = True
+test_a_long_sequence_beside_short_ones.not_in_interpreter = True
