@@ -11,7 +11,7 @@ TEST_WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env cuda demo test test-full test-extra lint clean
+.PHONY: help env cuda demo test test-full test-extra test-long lint clean
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.pytorch-ext-environment
@@ -89,9 +89,14 @@ test: env ## the tests that this machine can run, in at most 10 minutes
 
 test-full: test ## those, then the slow ones
 	@$(MAKE) --no-print-directory test-extra
+	@$(MAKE) --no-print-directory test-long
 
-test-extra: env ## only the slow ones
-	@$(call run_tests,full)
+test-extra: env ## only the slow ones, but for the slowest
+	@$(call run_tests,full and not long)
+	@echo 'Left out: tests marked long (make test-long)$(left_out).'
+
+test-long: env ## only the slowest, which .ci/run leaves out
+	@$(call run_tests,long)
 	@$(if $(left_out),echo 'Left out$(patsubst ;%,:%,$(left_out)).')
 
 lint: env ## ruff, and clang-format on csrc

@@ -16,6 +16,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("pytorch_ext")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.full)
+
+
 def pytest_collection_finish():
     """What was imported and collected stays: nobody has to look through it for garbage again and again."""
     gc.collect()

@@ -35,7 +35,7 @@ def test_models_have_equal_weights_and_share_none(family):
         assert a.numel() == 1 or a.unique().numel() > 1
 
 
-@pytest.mark.parametrize("mode", ["infer", "train"])
+@pytest.mark.parametrize("mode", ["infer", pytest.param("train", marks=pytest.mark.full)])
 def test_end_to_end_with_a_record(mode, tmp_path, capsys):
     some = ["DistilBert", "ModernBert", "nn.TransformerEncoder"]
     file = tmp_path / "folder" / "record.json"

@@ -12,6 +12,7 @@ def test_every_op_agrees_with_its_native_twin():
         assert bench_overhead.check(case).ok, case.name
 
 
+@pytest.mark.full
 def test_table_and_record(tmp_path, capsys):
     file = tmp_path / "record.json"
     arguments = ["--calls", "2", "--blocks", "3", "--ops", "gelu,layer_norm", "--json", str(file)]

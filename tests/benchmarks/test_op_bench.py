@@ -62,7 +62,9 @@ def tiny(monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "gelu" else pytest.mark.full) for name in BENCHMARKS]
+)
 def test_table_and_record(name, tmp_path, capsys):
     module, names = BENCHMARKS[name]
     file = tmp_path / "folder" / "record.json"

@@ -68,7 +68,7 @@ def test_quick_demo_end_to_end(tiny_bert, tmp_path):
     assert (out / "demo.png").stat().st_size > 20_000
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_quick_demo_with_the_compiler(tiny_bert, tmp_path):
     done = command("demo", "--model", tiny_bert, "--quick", "--device", "cpu", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -76,6 +76,7 @@ def test_quick_demo_with_the_compiler(tiny_bert, tmp_path):
     assert [row["name"] for row in rows] == ["eager", "torch.compile", "pytorch-ext"]
 
 
+@pytest.mark.full
 def test_a_red_comparison_exits_non_zero(tiny_bert, tmp_path, monkeypatch, capsys):
     genuine = show.measure.build
 

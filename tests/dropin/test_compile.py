@@ -93,7 +93,7 @@ def test_full_graph_with_padding_kept_or_removed_by_force(make_pair, check, remo
     [
         ("hf.BertModel", True),
         pytest.param("hf.BertModel", False, marks=pytest.mark.full),
-        pytest.param("px.BertModel", False, marks=pytest.mark.full),
+        pytest.param("px.BertModel", False, marks=pytest.mark.long),
     ],
 )
 def test_plain_compile_with_and_without_the_switch(make_pair, check, name, capture):
@@ -128,7 +128,7 @@ def test_optimize_sets_no_switch(make_model):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["hf.BertModel", pytest.param("px.BertModel", marks=pytest.mark.long)])
 def test_by_inductor(make_pair, check, name):
     original, fast = make_pair(name, dtype=torch.float32)
     compiled = torch.compile(fast, fullgraph=True, dynamic=True)
@@ -184,7 +184,7 @@ def test_an_optimised_model_within_a_compiled_function(make_pair):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["hf.BertModel", pytest.param("px.BertModel", marks=pytest.mark.long)])
 def test_recording_in_a_compiled_model(make_pair, check, name):
     original, fast = make_pair(name)
     compiled = torch.compile(fast, backend="eager")

@@ -36,6 +36,7 @@ def file(tmp_path):
     return tmp_path / "small.onnx"
 
 
+@pytest.mark.full
 def test_before_and_after_and_the_weights():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     config = transformers.BertConfig(vocab_size=50, max_position_embeddings=32, **sizes)

@@ -269,11 +269,14 @@ def test_cuda_library_beside_any_torch(bare_tree, run_python):
 
 
 @pytest.mark.full
-def test_the_wheel_of_the_cuda_library(copy_repository, run_python, tmp_path):
-    """The kernels alone: one file for every later Python and PyTorch, as the audit of its symbols shows."""
+def test_the_wheel_of_a_cuda_library(copy_repository, run_python, tmp_path):
+    """Kernels alone: one file for every later Python and PyTorch, as the audit of its symbols shows."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on PATH")
     tree = copy_repository(tmp_path / "tree")
+    for source in (tree / "csrc/cuda").glob("*.cu"):
+        if source.stem != "layer_norm":  # all of them take minutes
+            source.unlink()
     asked = {"PYTORCH_EXT_CPU": "0", "PYTORCH_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
     wheel = ["-m", "pip", "wheel", ".", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", "dist"]
     done = run_python(tree, *wheel, **asked)

@@ -206,14 +206,14 @@ def test_it_loads_beside_this_torch_and_registers_what_the_other_backends_have(c
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", ["9.0", "10.0"])
+@pytest.mark.parametrize("architecture", ["9.0", pytest.param("10.0", marks=pytest.mark.long)])
 def test_on_other_architectures(architecture, monkeypatch):
     made = compiled_for(architecture, monkeypatch)
     check_registers(made.kernels)
     check_instructions(made.kernels)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_every_dtype_of_what_works_row_by_row(monkeypatch):
     made = compiled_for("8.0", monkeypatch, stems=MEMORY_BOUND)
     instances = " ".join(k.instance for k in made.kernels if k.name == "layer_norm_fwd_kernel")

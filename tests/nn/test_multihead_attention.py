@@ -83,7 +83,7 @@ def call_of(options, call):
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(options=CONSTRUCTORS, call=CALLS)
 def test_outputs_weights_gradients_and_errors(make_pair, assert_alike, options, call):
     theirs, ours = make_pair(nn.MultiheadAttention, MultiheadAttention, E, H, **options)

@@ -107,7 +107,7 @@ def arguments(options):
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(options=CONSTRUCTORS, call=CALLS)
 def test_a_layer(make_pair, assert_alike, options, call):
     """Alone it keeps the padding, and the outputs there are PyTorch's too."""
@@ -119,7 +119,7 @@ def test_a_layer(make_pair, assert_alike, options, call):
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(
     options=CONSTRUCTORS, call=CALLS, norm=st.sampled_from([None, nn.LayerNorm, nn.RMSNorm, nn.BatchNorm1d])
 )

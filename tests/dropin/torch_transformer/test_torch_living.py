@@ -121,8 +121,8 @@ BATCHES = (((7, 2, 4), 7), ((5, 3), 5), ((9, 1, 1, 2), 9))
     [
         (True, True, False),
         pytest.param(False, False, True, marks=pytest.mark.full),
-        pytest.param(True, False, False, marks=pytest.mark.full),
-        pytest.param(False, True, False, marks=pytest.mark.full),
+        pytest.param(True, False, False, marks=pytest.mark.long),
+        pytest.param(False, True, False, marks=pytest.mark.long),
         pytest.param(True, True, True, marks=pytest.mark.full),
     ],
 )
