@@ -252,7 +252,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not item.get_closest_marker("interpreter"):
             continue
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        # Of attention one case stands for these, as one kernel does; causality and varlen_attention have tests of their own.
+        # One case stands for all of attention, as one kernel does; causality and varlen_attention have their own tests.
         alike = getattr(case, "name", "") in ("causal", "varlen", "varlen_causal")
         if alike or _says(item, "not_in_interpreter"):
             left_out.add(item)
