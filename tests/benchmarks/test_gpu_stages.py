@@ -33,7 +33,7 @@ def test_make_shows_the_plan_anywhere(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_every_stage_runs_to_its_end_without_a_gpu(tmp_path):
     """Its shell and its commands, on shapes of no interest."""
     make = ["make", "--no-print-directory", "gpu", "STAGE=all", "DEVICE=cpu", f"VENV={sys.prefix}"]

@@ -137,7 +137,7 @@ def test_by_inductor(make_pair, check, name):
     check(original, compiled, inputs, real, backward=True, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_reduce_overhead(make_pair, check):
     original, fast = make_pair(dtype=torch.float32)
     compiled = torch.compile(fast, fullgraph=True, dynamic=True, mode="reduce-overhead")

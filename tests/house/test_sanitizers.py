@@ -58,8 +58,8 @@ def test_every_op_under_address_and_undefined_behaviour_sanitizer(library):
         assert backends.why_not("cpu", op) or f"'{op}'" in done.stdout, done.stdout
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("isa", [pytest.param("avx512_bf16", marks=pytest.mark.long), "amx"])
+@pytest.mark.long
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
 def test_the_contract_holds_around_units_that_multiply_pairs(isa, root, library):
     """What lays matrices out for them, on a processor that need not have one. Only 16-bit elements go there."""
     done = watched(
