@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import platform
 import shutil
 import subprocess
@@ -172,7 +173,9 @@ def run(step: Step, log: Path, seconds: float) -> str:
     if status != "ok" and any(sentence in line for line in lines for sentence in REFUSED):
         status = "refused by this machine"
     print(f"--- {step.name}", *lines[-SHOWN:], sep="\n", flush=True)
-    return f"{status}; {lines[-1].strip()[:300]}" if lines else status
+    # What pytest found, behind which a library may still talk as it is unloaded; else the last line.
+    counts = [line for line in lines if re.search(r"\d+ (passed|failed|error)", line)]
+    return f"{status}; {(counts or lines)[-1].strip()[:300]}" if lines else status
 
 
 def failed(name: str, rows: list[tuple[str, str, float]]) -> bool:
