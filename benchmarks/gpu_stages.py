@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import re
 import platform
+import re
 import shutil
 import subprocess
 import sys
