@@ -268,7 +268,7 @@ def test_cuda_library_beside_any_torch(bare_tree, run_python):
     assert done.stdout.strip() == "True", done.stderr
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_the_wheel_of_a_cuda_library(copy_repository, run_python, tmp_path):
     """Kernels alone: one file for every later Python and PyTorch, as the audit of its symbols shows."""
     if shutil.which("nvcc") is None:

@@ -49,7 +49,7 @@ def watched(*command: str, **environment: str) -> subprocess.CompletedProcess[st
     )
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_every_op_under_address_and_undefined_behaviour_sanitizer(library):
     done = watched(str(SCRIPT), str(library))
     # The sanitizer's report stands behind the last thing that ran.

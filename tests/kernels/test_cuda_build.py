@@ -205,8 +205,8 @@ def test_it_loads_beside_this_torch_and_registers_what_the_other_backends_have(c
     assert set(MEMORY_BOUND) | {"linear"} <= set(names.split())
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("architecture", ["9.0", pytest.param("10.0", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ["9.0", "10.0"])
 def test_on_other_architectures(architecture, monkeypatch):
     made = compiled_for(architecture, monkeypatch)
     check_registers(made.kernels)

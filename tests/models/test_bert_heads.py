@@ -260,7 +260,7 @@ def test_inputs_embeds_with_labels(make_pair, batch, labels):
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.full)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_masked_lm_training_compiles_into_one_graph(make_pair, batch, labels, assert_same_gradients, backend):
     _, ours = make_pair("BertForMaskedLM", num_hidden_layers=1)
     _, eager = make_pair("BertForMaskedLM", num_hidden_layers=1)

@@ -244,8 +244,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves to ``make test-full`` what Triton's interpreter, and it alone, is too slow for, or to a GPU altogether.
 
-    A test says so by ``full_in_interpreter`` and ``not_in_interpreter``: True, or a function of some of its parameters
-    that says of which.
+    A test says so by ``full_in_interpreter``, ``long_in_interpreter`` and ``not_in_interpreter``: True, or a function
+    of some of its parameters that says of which.
     """
     left_out = set()
     for item in items:
@@ -256,6 +256,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         alike = getattr(case, "name", "") in ("causal", "varlen", "varlen_causal")
         if alike or _says(item, "not_in_interpreter"):
             left_out.add(item)
+        elif _says(item, "long_in_interpreter"):
+            item.add_marker(pytest.mark.long)
+            item.add_marker(pytest.mark.full)
         elif _says(item, "full_in_interpreter"):
             item.add_marker(pytest.mark.full)
     if left_out:

@@ -93,9 +93,9 @@ def test_masks(mask, way, dtype, check_contract):
     check_contract("triton", of_mask(sdpa), of_mask(eager_sdpa), make, dtype)
 
 
-test_masks.full_in_interpreter = lambda mask, way, dtype: (
-    dtype == torch.bfloat16
-    or mask in ("holes", "none", "floats of each key")
+test_masks.long_in_interpreter = lambda dtype: dtype == torch.bfloat16
+test_masks.full_in_interpreter = lambda mask, way: (
+    mask in ("holes", "none", "floats of each key")
     or (way == "by blocks" and mask in ("padding", "of each head", "floats of each score"))
 )
 
@@ -248,8 +248,9 @@ def test_what_is_not_finite_reaches_only_who_may_see_it(hiding, bad, way):
             assert not found[0][:, :, rows].isfinite().all()
 
 
-test_what_is_not_finite_reaches_only_who_may_see_it.full_in_interpreter = lambda bad, hiding, way: (
-    bad != bad or hiding == "causal" or way == "at once"
+test_what_is_not_finite_reaches_only_who_may_see_it.long_in_interpreter = lambda way: way == "at once"
+test_what_is_not_finite_reaches_only_who_may_see_it.full_in_interpreter = lambda bad, hiding: (
+    bad != bad or hiding == "causal"
 )
 
 
