@@ -22,6 +22,9 @@ pytestmark = pytest.mark.full
 
 SECONDS = 60
 DRAWN = "document.body.classList.contains('default') && document.querySelectorAll('#canvas .node').length"
+KINDS = (
+    "[...document.querySelectorAll('#canvas .node-item-type text')].map(text => text.textContent).join(' ')"
+)
 
 # Of the graph what lies around a node of this kind.
 SHOW = """
@@ -138,3 +141,14 @@ def test_netron_draws_the_graph_before_and_after(browser, tmp_path):
         assert browser.value(weights, "document.querySelectorAll('svg').length") == 3
         assert browser.value(weights, "[...document.images].filter(i => i.naturalWidth > 0).length") == 1
     print(f"screenshot: {picture}")
+
+
+@pytest.mark.long
+def test_netron_draws_a_pt2(browser, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.GELU(), torch.nn.Linear(3, 2))
+    made = export.to_pt2(model, torch.ones(4, 2), tmp_path / "m.pt2")
+    with export.view(made.path, browse=False) as shown:
+        page = browser.open(shown.graphs[0], 900, 900)
+        wait(lambda: browser.value(page, DRAWN))
+        assert browser.value(page, KINDS).split() == ["linear", "gelu", "linear"]
+        assert shown.nodes == [{"linear": 2, "gelu": 1}]
