@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -32,6 +36,8 @@ class OpenVino(nn.Module):
 
     def __init__(self, case: Case) -> None:
         super().__init__()
+        # OpenVINO and NNCF report their use to their maker wherever they find this package, and do without it.
+        sys.modules.setdefault("openvino_telemetry", None)
         import openvino
 
         precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[case.dtype]
@@ -48,7 +54,11 @@ class OpenVino(nn.Module):
         bert.config.return_dict = False
         shapes = [(name, openvino.PartialShape([-1, -1])) for name in example]
         # SDPA as one node of the graph is what its compiler fuses.
-        return openvino.convert_model(bert, example_input=example, input=shapes)
+        with (
+            warnings.catch_warnings()
+        ):  # tracing tells what it takes for constant; the comparison would show it
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return openvino.convert_model(bert, example_input=example, input=shapes)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         found = self.request.infer({name: t.numpy() for name, t in inputs.items()}, share_inputs=True)
@@ -64,12 +74,13 @@ class Int8(OpenVino):
         others = [dataclasses.replace(case, seed=case.seed + step) for step in range(1, CALIBRATION + 1)]
         batches = [{name: t.numpy() for name, t in other.inputs().items()} for other in others]
         nncf.set_log_level("ERROR")
-        return nncf.quantize(
-            super().graph(case),
-            nncf.Dataset(batches),
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=CALIBRATION,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # bars of its own
+            return nncf.quantize(
+                super().graph(case),
+                nncf.Dataset(batches),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=CALIBRATION,
+            )
 
 
 @contender(
