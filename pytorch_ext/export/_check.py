@@ -64,7 +64,9 @@ def _difference(session: Any, model: nn.Module, inputs: Inputs) -> float:
     try:
         found = session.run(list(wanted), _feed(session, inputs))
     except Exception as error:
-        raise ExportError(f"ONNX Runtime fails on inputs of {inputs.shapes}: {first_line(error)}") from error
+        raise ExportError(
+            f"ONNX Runtime fails on inputs of {inputs.described}: {first_line(error)}"
+        ) from error
     return largest_difference(wanted, map(torch.as_tensor, found), inputs)
 
 
@@ -79,7 +81,7 @@ def largest_difference(wanted: Mapping[str, Tensor], found: Iterable[Tensor], in
         ours, theirs = ours.cpu(), theirs.cpu()
         if ours.shape != theirs.shape:
             shapes = f"{tuple(theirs.shape)} in the file and {tuple(ours.shape)} in PyTorch"
-            raise ExportError(f"{name} is of shape {shapes}, for inputs of {inputs.shapes}")
+            raise ExportError(f"{name} is of shape {shapes}, for inputs of {inputs.described}")
         if not ours.numel():
             continue
         # Infinities of one sign and NaN on both sides are equal.
@@ -88,7 +90,7 @@ def largest_difference(wanted: Mapping[str, Tensor], found: Iterable[Tensor], in
         limit = _limit(ours)
         if not worst <= limit:
             raise ExportError(
-                f"{name} differs from PyTorch's by {worst:.3g}, more than {limit:.3g}, for inputs of {inputs.shapes}"
+                f"{name} differs from PyTorch's by {worst:.3g}, more than {limit:.3g}, for inputs of {inputs.described}"
             )
         largest = max(largest, worst)
     return largest

@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from ._errors import ExportError, first_line
 
+OTHER_SIZES = " (the example's at other sizes; `dynamic` says which are free)"
+
 
 @dataclass
 class Inputs:
@@ -21,11 +23,13 @@ class Inputs:
     Attributes:
         args, kwargs: positional and by name.
         free: for each tensor among them, in order: dimension -> the name of its size.
+        resized: whether these are the example's at other sizes.
     """
 
     args: tuple
     kwargs: dict[str, Any]
     free: list[dict[int, str]]
+    resized: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -36,12 +40,17 @@ class Inputs:
         return ", ".join(str(tuple(t.shape)) for t in self.tensors)
 
     @property
+    def described(self) -> str:
+        """Their shapes, for an error: with what to do where the sizes are ours and not the caller's."""
+        return self.shapes + (OTHER_SIZES if self.resized else "")
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Of the free dimensions, by name."""
         pairs = zip(self.tensors, self.free, strict=True)
         return {name: t.shape[dim] for t, free in pairs for dim, name in free.items()}
 
-    def resized(self, sizes: Mapping[str, int]) -> Inputs:
+    def with_sizes(self, sizes: Mapping[str, int]) -> Inputs:
         """With other sizes: rows are repeated, or left out."""
         free = iter(self.free)
 
@@ -52,7 +61,7 @@ class Inputs:
             return t
 
         args, kwargs = pytree.tree_map_only(Tensor, resize, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.free)
+        return Inputs(args, kwargs, self.free, resized=True)
 
     def other(self) -> Inputs:
         """One sequence more and one token less, where these are free."""
@@ -61,7 +70,22 @@ class Inputs:
             name: size + 1 if name.startswith("batch") or size < 3 else size - 1
             for name, size in sizes.items()
         }
-        return self.resized(grown)
+        return self.with_sizes(grown)
+
+    def fix(self, name: str) -> None:
+        """That size is not free after all."""
+        for free in self.free:
+            for dim in [dim for dim, known in free.items() if known == name]:
+                del free[dim]
+
+    def free_lengths(self) -> bool:
+        """Where dimension 1 of three is fixed, as channels are, frees dimension 2: whether there is one."""
+        names: dict[int, str] = {}
+        for t, free in zip(self.tensors, self.free, strict=True):
+            if t.dim() == 3 and t.is_floating_point() and 1 not in free:
+                size = t.shape[2]
+                free[2] = names.setdefault(size, f"length_{len(names)}" if names else "length")
+        return bool(names)
 
 
 def inputs_of(
@@ -70,7 +94,7 @@ def inputs_of(
     kwargs: Mapping[str, Any] | None,
     dynamic: bool | Mapping[str, Mapping[int, str]],
 ) -> Inputs:
-    """The inputs of a call, every free size at least 2, since PyTorch takes a size of 1 for a fixed one.
+    """The inputs of a call.
 
     Raises:
         ExportError: arguments that ``forward`` does not take, no tensor, or a ``dynamic`` that does not fit them.
@@ -92,8 +116,7 @@ def inputs_of(
         free = _named(dynamic, arguments | kwargs, tensors)
     else:
         free = _usual(tensors) if dynamic else [{} for _ in tensors]
-    inputs = Inputs(args, kwargs, free)
-    return inputs.resized({name: max(size, 2) for name, size in inputs.sizes.items()})
+    return Inputs(args, kwargs, free)
 
 
 def _named(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ..backends import portable
 from ._errors import ExportError, first_line
@@ -35,15 +36,41 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    asked = isinstance(dynamic, Mapping)
     inputs = inputs_of(model, args, kwargs, dynamic)
     run(model, inputs)  # what fails by itself says so by itself
+    inputs = _at_least_two(model, inputs, asked)
+    program = _exported(model, inputs)
+    _keep_free(program, inputs, asked)
+    if dynamic is True and inputs.free_lengths():
+        program = _exported(model, inputs)
+        _keep_free(program, inputs, asked)
+    return program, inputs
+
+
+def _at_least_two(model: nn.Module, inputs: Inputs, asked: bool) -> Inputs:
+    """Every free size, since PyTorch takes a size of 1 for a fixed one; where the model takes 1 alone it is one."""
+    for name in [name for name, size in inputs.sizes.items() if size == 1]:
+        larger = inputs.with_sizes({**inputs.sizes, name: 2})
+        try:
+            run(model, larger)
+        except ExportError:
+            if asked:
+                raise
+            inputs.fix(name)
+        else:
+            inputs = larger
+    return inputs
+
+
+def _exported(model: nn.Module, inputs: Inputs) -> ExportedProgram:
     shapes = ShapesCollection()
     for tensor, free in zip(inputs.tensors, inputs.free, strict=True):
         if free:
             shapes[tensor] = dict.fromkeys(free, Dim.AUTO)
     try:
         with portable(), torch.no_grad(), quiet():
-            program = torch.export.export(
+            return torch.export.export(
                 model,
                 inputs.args,
                 inputs.kwargs,
@@ -51,11 +78,8 @@ def trace(
                 strict=False,
             )
     except Exception as error:  # whatever a forward raises, or PyTorch of it
-        raise ExportError(
-            f"model: {type(model).__name__}.forward cannot be traced: {first_line(error)}"
-        ) from error
-    _keep_free(program, inputs, asked=isinstance(dynamic, Mapping))
-    return program, inputs
+        name = type(model).__name__
+        raise ExportError(f"model: {name}.forward cannot be traced: {first_line(error)}") from error
 
 
 def run(model: nn.Module, inputs: Inputs) -> Any:
@@ -65,7 +89,9 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
             return model(*inputs.args, **inputs.kwargs)
     except Exception as error:
         name = type(model).__name__
-        raise ExportError(f"model: {name} fails on inputs of {inputs.shapes}: {first_line(error)}") from error
+        raise ExportError(
+            f"model: {name} fails on inputs of {inputs.described}: {first_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -109,9 +135,9 @@ def _keep_free(program: ExportedProgram, inputs: Inputs, asked: bool) -> None:
     traced = [(name, nodes[name].meta.get("val")) for name in names]
     traced = [(name, value) for name, value in traced if isinstance(value, Tensor)]
     for (name, value), free in zip(traced, inputs.free, strict=True):
-        for dim in [dim for dim in free if isinstance(value.shape[dim], int)]:
+        for dim in [dim for dim in free if is_concrete_int(value.shape[dim])]:
             if asked:
-                size = value.shape[dim]
+                size = int(value.shape[dim])
                 raise ExportError(
                     f"dynamic: dimension {dim} of {name} is {size} and nothing else in this model"
                 )

@@ -71,8 +71,9 @@ def to_onnx(
         args: example inputs, a tensor or a tuple; ``()`` if all go by name.
         kwargs: example inputs by name.
         opset: 18 or later. ``Gelu`` is a node from 20 on, ``Attention`` from 23 on.
-        dynamic: whether batch size (dimension 0) and length (dimension 1 of inputs of two or three dimensions) may
-            differ from call to call, where the model does not fix them; or just these: argument -> dimension -> name.
+        dynamic: whether batch size (dimension 0) and length (dimension 1 of inputs of two or three dimensions; behind
+            fixed channels dimension 2) may differ from call to call, where the model does not fix them; or just these:
+            argument -> dimension -> name.
         check_outputs: compare ONNX Runtime's outputs with the model's at two shapes.
 
     Returns:
@@ -131,8 +132,13 @@ def to_pt2(
 
 
 def _difference(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> float:
-    with torch.no_grad():
-        found = program.module()(*inputs.args, **inputs.kwargs)
+    try:
+        with torch.no_grad():
+            found = program.module()(*inputs.args, **inputs.kwargs)
+    except Exception as error:  # a guard that does not hold is an AssertionError
+        raise ExportError(
+            f"model: what was traced of it does not take inputs of {inputs.described}: {first_line(error)}"
+        ) from error
     return largest_difference(named_outputs(run(model, inputs)), named_outputs(found).values(), inputs)
 
 

@@ -168,6 +168,36 @@ def test_outputs_that_differ_are_found_and_leave_no_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+class Pairs(nn.Module):
+    """For an even number of examples."""
+
+    def forward(self, x):
+        return x if x.shape[0] % 2 == 0 else -x
+
+
+class One(nn.Module):
+    """For a batch of one alone."""
+
+    def forward(self, x):
+        return x.squeeze(0).mm(x.new_ones(9, 2))
+
+
+def test_sizes_are_free_where_the_model_leaves_them_so(tmp_path):
+    file, signal = tmp_path / "m", torch.ones(1, 1, 9)
+    made = export.to_onnx(nn.Conv1d(1, 2, 3), signal, file)
+    assert made.free == ("batch", "length") and made.shapes == ["(2, 1, 9)", "(3, 1, 8)"]
+    assert export.to_pt2(nn.Conv1d(1, 2, 3), signal, file).free == ("batch", "length")
+    assert export.to_pt2(nn.Linear(9, 2), signal, file).free == ("batch", "sequence")
+    assert export.to_pt2(One(), signal, file).free == ("sequence",)
+    file.unlink()
+    other = r"of \(3, 9\) \(the example's at other sizes; `dynamic` says"
+    with pytest.raises(export.ExportError, match=other):
+        export.to_pt2(Pairs(), torch.ones(2, 9), file)
+    with pytest.raises(export.ExportError, match="dimension 1 of input is 3 and nothing else"):
+        export.to_pt2(nn.Conv1d(3, 2, 3), torch.ones(2, 3, 9), file, dynamic={"input": {1: "channels"}})
+    assert not list(tmp_path.iterdir())
+
+
 class Untraceable(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
