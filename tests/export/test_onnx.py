@@ -41,6 +41,10 @@ def transformer() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 
+def encoder_and_decoder() -> nn.Module:
+    return nn.Transformer(32, 4, 2, 2, 64, activation="gelu", batch_first=True).eval()
+
+
 def cnn() -> nn.Module:
     layers = (nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     return nn.Sequential(*layers).eval()
@@ -56,11 +60,15 @@ def features(generator: torch.Generator, batch: int = 2, length: int = 8) -> dic
     return {"src": normal(generator, batch, length, 32)}
 
 
+def both_sides(generator: torch.Generator, batch: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
+    return features(generator, batch, length) | {"tgt": normal(generator, batch, length - 3, 32)}
+
+
 def pixels(name: str, generator: torch.Generator, batch: int = 2, length: int = 0) -> dict[str, torch.Tensor]:
     return {name: normal(generator, batch, 3, 16, 16)}
 
 
-# model, inputs, nodes of an optimised one
+# model, inputs, nodes
 BERT = {"Attention": 2, "LayerNormalization": 5, "Gelu": 2}
 MODELS = {
     "px.BertModel": (bert, tokens, BERT),
@@ -71,20 +79,21 @@ MODELS = {
         features,
         {"Attention": 2, "LayerNormalization": 4, "Gelu": 2},
     ),
+    "nn.Transformer": (
+        encoder_and_decoder,
+        both_sides,
+        {"Attention": 6, "LayerNormalization": 12, "Gelu": 4},
+    ),
     "cnn": (
         cnn,
         lambda *args: pixels("input", *args),
         {"Attention": 0, "LayerNormalization": 0, "Gelu": 1, "Conv": 1},
     ),
 }
-OPTIMISED = [
-    "hf.BertModel",
-    "cnn",
-    *(
-        pytest.param(name, marks=pytest.mark.full)
-        for name in ("px.BertModel", "hf.ViTModel", "nn.TransformerEncoder")
-    ),
-]
+
+
+def marked(mark: str, *names: str) -> list:
+    return [pytest.param(name, marks=getattr(pytest.mark, mark)) for name in names]
 
 
 def example(make, generator=None) -> dict[str, torch.Tensor]:
@@ -130,19 +139,31 @@ def assert_a_model(name: str, optimised: bool, tmp_path) -> None:
     assert len(made.shapes) == 2
     found = Counter(node.op_type for node in graph.graph.node)
     assert found == made.nodes
-    if optimised:
-        assert {kind: found[kind] for kind in expected} == expected
+    assert {kind: found[kind] for kind in expected} == expected
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx"]
     assert_computes(path, model, make)
 
 
-@pytest.mark.parametrize("name", OPTIMISED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf.BertModel",
+        *marked("full", "px.BertModel", "hf.ViTModel", "cnn"),
+        *marked("long", "nn.TransformerEncoder", "nn.Transformer"),
+    ],
+)
 def test_an_optimised_model(name, tmp_path):
     assert_a_model(name, True, tmp_path)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("name", ["hf.BertModel", "nn.TransformerEncoder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cnn",
+        *marked("full", "hf.BertModel"),
+        *marked("long", "px.BertModel", "hf.ViTModel", "nn.TransformerEncoder", "nn.Transformer"),
+    ],
+)
 def test_a_model_as_it_comes(name, tmp_path):
     assert_a_model(name, False, tmp_path)
 
