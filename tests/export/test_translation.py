@@ -6,11 +6,10 @@ from torch import nn
 
 import pytorch_ext
 from pytorch_ext import export, ops
+from pytorch_ext.testing import assert_contract, normal
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-TOLERANCE = 1e-5  # of float32 outputs of about 1
 
 
 class Varlen(nn.Module):
@@ -24,20 +23,35 @@ class Varlen(nn.Module):
 def test_causal_is_counted_within_each_sequence(opset):
     ends = ([0, 4, 6, 9], [0, 3, 12, 14])  # queries and keys of other lengths, and behind them two of neither
     cu_seqlens = [torch.tensor(e, dtype=torch.int32) for e in ends]
-    generator = torch.Generator().manual_seed(0)
-    args = (*(torch.randn(e[-1] + 2, 4, 8, generator=generator) for e in ends), *cu_seqlens)
+
+    def make(generator):
+        query, key = (normal(generator, e[-1] + 2, 4, 8) for e in ends)
+        return {"query": query, "key": key}
+
+    def by(backend):
+        def call(query, key):
+            with pytorch_ext.backends.use(backend), torch.no_grad():
+                real = Varlen()(query[: ends[0][-1]], key[: ends[1][-1]], *cu_seqlens)
+            return tuple(nn.functional.pad(out, (0, 0, 0, 0, 0, 2)) for out in real)
+
+        return call
+
+    args = (*(t.float() for t in make(torch.Generator()).values()), *cu_seqlens)
     with pytorch_ext.backends.use("reference"), torch.no_grad():
-        real = (t[: e[-1]] for t, e in zip(args, ends, strict=False))
-        expected = [nn.functional.pad(out, (0, 0, 0, 0, 0, 2)) for out in Varlen()(*real, *cu_seqlens)]
         program = torch.export.export(Varlen(), args, strict=False)
     assert any("varlen_attention_fwd" in str(node.target) for node in program.graph.nodes)
     table = export.translation_table(opset)
     made = torch.onnx.export(program, verbose=False, opset_version=opset, custom_translation_table=table)
     session = onnxruntime.InferenceSession(made.model_proto.SerializeToString())
     names = [declared.name for declared in session.get_inputs()]
-    found = session.run(None, {name: t.numpy() for name, t in zip(names, args, strict=True)})
-    for ours, theirs in zip(expected, found, strict=True):
-        assert (ours - torch.from_numpy(theirs)).abs().max() <= TOLERANCE
+
+    def ours(query, key):
+        tensors = (query, key, *cu_seqlens)
+        found = session.run(None, {name: t.numpy() for name, t in zip(names, tensors, strict=True)})
+        return tuple(map(torch.from_numpy, found))
+
+    exact = by("reference")
+    assert_contract(ours, by("native"), make, torch.float32, gradients=False, exact=exact)
 
 
 class Masked(nn.Module):
