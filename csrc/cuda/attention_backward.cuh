@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(S::THREADS)
             load_left(a, tile, d, [&](int row) { return own_row(m, row); });
         };
     };
-    float lses[M][2] = {}, deltas[M][2] = {};
+    float lses[M][2] = {}, deltas[M][2] = {}, apart[M][2] = {};
     wait_for_copies<1>();
     __syncthreads();
 #pragma unroll
@@ -77,7 +77,10 @@ __global__ void __launch_bounds__(S::THREADS)
                 const float2 one = unpack<T>(gradient[i]);
                 const float2 other =
                     unpack<T>(reinterpret_cast<const uint32_t*>(row)[d * 8 + i / 2 * 4 + lane % 4]);
-                deltas[m][i % 2] += one.x * other.x + one.y * other.y;
+                const float2 products = {one.x * other.x, one.y * other.y};
+                deltas[m][i % 2] += products.x + products.y;
+                apart[m][i % 2] =
+                    fmaxf(apart[m][i % 2], fmaxf(fabsf(products.x), fabsf(products.y)) / 512.0f);
             }
         }
 #pragma unroll
@@ -86,60 +89,91 @@ __global__ void __launch_bounds__(S::THREADS)
             if (query(m, half) >= at.q_len) continue;
             const int64_t row = at.first_q + query(m, half);
             lses[m][half] = *lse.at(at.sequence, at.head, row);
-            if (lane % 4 == 0) *delta.at(at.sequence, at.head, row) = deltas[m][half];
         }
     }
 
     const Philox philox(p.dropout.rng);
     const uint32_t head_of_all = at.sequence * p.heads + at.head;
-    float acc[M][D / 8][4] = {};
-    for (int tile = 0; tile * KEYS < end; ++tile) {
-        wait_for_copies<0>();
-        __syncthreads();  // the tile is there, and nobody looks at the one before any more
-        if ((tile + 1) * KEYS < end) keys.copy(tile + 1);
-        float x[M][KEYS / 8][4] = {}, dx[M][KEYS / 8][4] = {};
-        multiply_by_rows<M>(x, keys.k(tile), left_of(q_tile));
-        multiply_by_rows<M>(dx, keys.v(tile), left_of(dout_tile));
-        const bool looks = tile * KEYS + KEYS > plain;
+    // A row's gradients of scores add up to zero, and what they add up to instead is delta's error: the output was
+    // rounded. Where that is much of what tells the values of its keys apart, as it is where those are far from zero and
+    // close together, the block runs again without it; otherwise looking for it is all that it costs.
+    float acc[M][D / 8][4], missed[M][2] = {};
+    for (int run = 1;; ++run) {
+#pragma unroll
+        for (int i = 0; i < M * D / 8 * 4; ++i) acc[i / (D / 2)][i / 4 % (D / 8)][i % 4] = 0.0f;
+        float rest[M][2] = {};
+        for (int tile = 0; tile * KEYS < end; ++tile) {
+            wait_for_copies<0>();
+            __syncthreads();  // the tile is there, and nobody looks at the one before any more
+            if ((tile + 1) * KEYS < end) keys.copy(tile + 1);
+            float x[M][KEYS / 8][4] = {}, dx[M][KEYS / 8][4] = {};
+            multiply_by_rows<M>(x, keys.k(tile), left_of(q_tile));
+            multiply_by_rows<M>(dx, keys.v(tile), left_of(dout_tile));
+            const bool looks = tile * KEYS + KEYS > plain;
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+#pragma unroll
+                    for (int n = 0; n < KEYS / 8; n += 2) {
+                        uint32_t words[4] = {};
+                        if (p.dropout.rng) {
+                            const uint4 drawn =
+                                philox.words(keys.key(tile, n, 0) / 4, query(m, half), head_of_all);
+                            words[0] = drawn.x, words[1] = drawn.y, words[2] = drawn.z, words[3] = drawn.w;
+                        }
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const int part = n + i / 2, e = 2 * half + i % 2;
+                            const int key = keys.key(tile, part, i % 2);
+                            const bool hidden =
+                                looks && (!keys.seen.visible(key) || (p.causal && key > query(m, half)));
+                            float& one = dx[m][part][e];
+                            if (p.dropout.rng) one = dropped(one, words[i], p.dropout);
+                            one -= deltas[m][half];
+                            if (n == 0 && !hidden) apart[m][half] = fmaxf(apart[m][half], fabsf(one));
+                            one *= weight_of(x[m][part][e], p.scale, lses[m][half]);
+                            if (hidden) one = 0.0f;
+                            rest[m][half] += one;
+                        }
+                    }
+            uint32_t weights[M][KEYS / 16][4];
+            pack_weights<T>(weights, dx);
+            if (looks && p.causal)
+                multiply_rows<true>(acc, weights, keys.k(tile), [&](int m, int half, int row) {
+                    return tile * KEYS + row <= query(m, half);
+                });
+            else
+                multiply_rows<false>(acc, weights, keys.k(tile), 0);
+        }
+        bool off = false;
 #pragma unroll
         for (int m = 0; m < M; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n += 2) {
-                    uint32_t words[4] = {};
-                    if (p.dropout.rng) {
-                        const uint4 drawn =
-                            philox.words(keys.key(tile, n, 0) / 4, query(m, half), head_of_all);
-                        words[0] = drawn.x, words[1] = drawn.y, words[2] = drawn.z, words[3] = drawn.w;
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        const int part = n + i / 2, e = 2 * half + i % 2, key = keys.key(tile, part, i % 2);
-                        float& one = dx[m][part][e];
-                        if (p.dropout.rng) one = dropped(one, words[i], p.dropout);
-                        one = weight_of(x[m][part][e], p.scale, lses[m][half]) * (one - deltas[m][half]);
-                        if (looks && (!keys.seen.visible(key) || (p.causal && key > query(m, half))))
-                            one = 0.0f;
-                    }
+            for (int half = 0; half < 2; ++half) {
+                const float sum = sum_of_four(rest[m][half]), most = largest_of_four(apart[m][half]);
+                const float before = missed[m][half];
+                if (run == 1 ? fabsf(sum) * 64.0f > most : before != 0.0f && fabsf(sum) * 1024.0f > most) {
+                    // Two sums say what the row's weights add up to: one, but for what lse has lost.
+                    deltas[m][half] += run == 1 ? sum : sum / (1.0f - sum / before);
+                    missed[m][half] = sum;
+                    off = true;
                 }
-        uint32_t weights[M][KEYS / 16][4];
-        pack_weights<T>(weights, dx);
-        if (looks && p.causal)
-            multiply_rows<true>(acc, weights, keys.k(tile), [&](int m, int half, int row) {
-                return tile * KEYS + row <= query(m, half);
-            });
-        else
-            multiply_rows<false>(acc, weights, keys.k(tile), 0);
+            }
+        if (run == 3 || !__syncthreads_or(off)) break;
+        keys.copy(0);
     }
     wait_for_copies<0>();  // also of a tile that nobody may attend
 
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            store_half<T, D>(dq.at(at.sequence, at.head, at.first_q + query(m, half)), acc[m], half, scale,
-                             query(m, half) < at.q_len);
+        for (int half = 0; half < 2; ++half) {
+            const int64_t row = at.first_q + query(m, half);
+            const bool there = query(m, half) < at.q_len;
+            store_half<T, D>(dq.at(at.sequence, at.head, row), acc[m], half, scale, there);
+            if (there && lane % 4 == 0) *delta.at(at.sequence, at.head, row) = deltas[m][half];
+        }
 }
 
 // Plan: at most 255 registers, for two blocks of 128 threads at once; spills.

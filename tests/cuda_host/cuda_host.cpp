@@ -81,6 +81,7 @@ struct Fiber {
     State state = State::done;
     uint3 index{};
     Place place{};
+    bool yes = false;  // of it where it waits for the block, then of any thread
     std::vector<Copy> copies;
     std::vector<size_t> groups;  // how many copies each group that is not waited for yet has
     void* fake_stack = nullptr;  // of AddressSanitizer
@@ -202,6 +203,16 @@ std::vector<int> turns(int count, Order order) {
     return found;
 }
 
+// AddressSanitizer ends the process at the access itself, where it is used.
+void watch_guard([[maybe_unused]] bool on) {
+#if defined(__SANITIZE_ADDRESS__)
+    if (on)
+        __asan_poison_memory_region(shared + shared_size, GUARD);
+    else
+        __asan_unpoison_memory_region(shared + shared_size, GUARD);
+#endif
+}
+
 void begin_block(dim3 block, size_t shared_bytes) {
     std::memset(shared, POISON, shared_bytes + GUARD);
     waiting_for_block = 0;
@@ -248,6 +259,7 @@ void run_block(Order order) {
     }
     for (int thread = 0; thread < threads; ++thread)
         if (fibers[thread].state != State::done) return report_deadlock();
+    watch_guard(false);
     for (size_t i = 0; i < GUARD; ++i)
         if (static_cast<unsigned char>(shared[shared_size + i]) != POISON) {
             failure = where({}) + " or another of the block wrote " + std::to_string(i) +
@@ -290,13 +302,9 @@ void run_grid(void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const st
         const uint32_t i = number;
         blockIdx = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
         begin_block(block, shared_bytes);
-#if defined(__SANITIZE_ADDRESS__)
-        __asan_poison_memory_region(shared + shared_bytes, GUARD);
-#endif
+        watch_guard(true);
         run_block(order);
-#if defined(__SANITIZE_ADDRESS__)
-        __asan_unpoison_memory_region(shared + shared_bytes, GUARD);
-#endif
+        watch_guard(false);
         if (!failure.empty()) break;
     }
     std::free(shared);
@@ -313,7 +321,7 @@ void fail(const std::string& what) {
     std::abort();  // it has no turn again
 }
 
-void meet_block(Place place) {
+bool meet_block(Place place, bool yes) {
     Fiber& fiber = fibers[running];
     for (int thread = 0; waiting_for_block > 0 && thread < threads; ++thread)
         if (fibers[thread].state == State::at_block) {
@@ -324,10 +332,17 @@ void meet_block(Place place) {
         }
     fiber.place = place;
     fiber.state = State::at_block;
-    if (++waiting_for_block < threads) return leave();
-    waiting_for_block = 0;
-    for (int thread = 0; thread < threads; ++thread) fibers[thread].state = State::ready;
-    leave();  // so that this one has no head start
+    fiber.yes = yes;
+    if (++waiting_for_block == threads) {
+        waiting_for_block = 0;
+        for (int thread = 0; thread < threads; ++thread) yes |= fibers[thread].yes;
+        for (int thread = 0; thread < threads; ++thread) {
+            fibers[thread].state = State::ready;
+            fibers[thread].yes = yes;
+        }
+    }
+    leave();  // the last one too, so that it has no head start
+    return fiber.yes;
 }
 
 void meet_warp(uint32_t mask, Place place, void* mine, void (*together)(void* (&theirs)[WARP])) {

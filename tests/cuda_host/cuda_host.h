@@ -82,8 +82,8 @@ struct Place {
     int line;
 };
 
-// All threads of the block wait for one another.
-void meet_block(Place place);
+// All threads of the block wait for one another; whether any of them says yes.
+bool meet_block(Place place, bool yes = false);
 
 // The lanes of `mask` wait for one another. The last to come calls `together(theirs)`, in which `theirs` are what the
 // lanes brought, null for those that are not in the mask.
@@ -129,6 +129,9 @@ void async_wait(int groups_left);  // all but so many of the latest groups
 #define CUDA_HOST_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(CUDA_HOST_PLACE) { cuda_host::meet_block({"__syncthreads", file, line}); }
+inline int __syncthreads_or(int yes, CUDA_HOST_PLACE) {
+    return cuda_host::meet_block({"__syncthreads_or", file, line}, yes);
+}
 
 inline void __syncwarp(uint32_t mask = 0xffffffff, CUDA_HOST_PLACE) {
     cuda_host::meet_warp(mask, {"__syncwarp", file, line}, &mask, [](void*(&)[cuda_host::WARP]) {});

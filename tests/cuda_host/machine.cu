@@ -60,6 +60,19 @@ Tensor reversed(const Tensor& x, int64_t fault) {
     return out;
 }
 
+// Whether any x is negative, which each thread is told.
+__global__ void any_negative_kernel(const float* x, bool* out) {
+    const int i = threadIdx.x;
+    out[i] = __syncthreads_or(x[i] < 0.0f) != 0;
+}
+
+Tensor any_negative(const Tensor& x) {
+    const Tensor out = new_empty(x, x.sizes(), ScalarType::Bool);
+    launch(any_negative_kernel, Launch{1, static_cast<unsigned>(x.numel()), 0, current_stream(x)}, floats(x),
+           static_cast<bool*>(out.data_ptr()));
+    return out;
+}
+
 __global__ void power_kernel(const float* x, float* out, int n) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < n) out[i] = exp2_polynomial(x[i]);
@@ -77,12 +90,14 @@ Tensor power(const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(PYTORCH_EXT_OPS, m) {
     m.def("machine_product(Tensor a, Tensor b, bool transposed) -> Tensor");
     m.def("machine_reversed(Tensor x, int fault) -> Tensor");
+    m.def("machine_any_negative(Tensor x) -> Tensor");
     m.def("machine_power(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(PYTORCH_EXT_OPS, PYTORCH_EXT_KEY, m) {
     m.impl("machine_product", TORCH_BOX(&product_of));
     m.impl("machine_reversed", TORCH_BOX(&reversed));
+    m.impl("machine_any_negative", TORCH_BOX(&any_negative));
     m.impl("machine_power", TORCH_BOX(&power));
 }
 

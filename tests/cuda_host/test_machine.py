@@ -39,6 +39,14 @@ def test_threads_meet_in_every_order(machine, order):
     assert torch.equal(machine.machine_reversed(x, 0), x.flip(0))
 
 
+@pytest.mark.parametrize("negative", [None, 0, 40, 95])
+def test_a_barrier_that_asks(machine, order, negative):
+    x = torch.ones(96)
+    if negative is not None:
+        x[negative] = -1.0
+    assert machine.machine_any_negative(x).tolist() == [negative is not None] * 96
+
+
 @pytest.mark.parametrize("fault", [name for name, (_, message) in FAULTS.items() if message])
 def test_what_is_undefined_is_an_error(machine, order, fault):
     number, message = FAULTS[fault]
