@@ -86,6 +86,11 @@ def _found(name: str, with_text: bool) -> tuple[Any, tuple, dict[str, Any], Any]
         folder = find(None).folder if name == "minilm" else Path(name)
     except DemoError as error:
         raise ExportError(str(error)) from error
+    if not folder.is_dir():
+        names = ", ".join(["minilm", *SAMPLES])
+        raise ExportError(
+            f"MODEL: expected a .onnx or .pt2 file, a folder, or one of {names}; there is no folder {name}"
+        )
     model, kwargs = loaded(folder)
     if with_text and "input_ids" not in kwargs:
         raise ExportError(f"--text: expected a model of tokens, got {type(model).__name__}")

@@ -90,7 +90,7 @@ def test_ctrl_c_ends_it(file):
         (["text.onnx"], "text.onnx is no ONNX model"),
         (["text.pt2"], "text.pt2 is no .pt2 of torch.export"),
         (["empty.pt2"], "it holds no exported program"),
-        (["nowhere"], "there is no folder nowhere"),
+        (["nowhere"], "one of minilm, bert, vit, transformer, cnn; there is no folder nowhere"),
         (["text.onnx", "--compare"], "compare: expected a module"),
         (["text.onnx", "--weights"], "weights: expected a module"),
         (["cnn", "--text", "a sentence"], "--text: expected a model of tokens, got cnn"),
