@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from . import runs
+from .bert_contenders import SHAPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FILLS = {"sorted": "95 %, sorted by length", "27": "27 %", "60": "60 %", "100": "100 %"}
-TABLES = {
+TABLES = {  # the columns
     "amd-epyc-avx512-2-threads": ("compile", "openvino", "native", "auto"),
     "amd-epyc-avx2-2-threads": ("compile", "nested", "native", "auto"),
 }
+WHOLE_MODELS = ("bert-", "train-", "full-")  # so begin the names of their records
+CASE = ("mode", "family", "hidden", "layers", "batch", "seq", "fill")
+MODELS = {"base": "", "large": "BERT-large", "minilm": "MiniLM", "vit-base": "ViT-B"}
 FAMILIES = {
     "Bert": "BERT",
     "Roberta": "RoBERTa",
@@ -34,25 +39,39 @@ FAMILIES = {
 
 
 def bert_rows(device: str) -> list[str]:
-    """A row for each record of a whole BERT that was taken on `device`."""
+    """A row for each case of a whole model that was timed on `device`, of BERT-base where it names none."""
+    cases: dict[tuple[Any, ...], dict[str, runs.Series]] = {}
+    for file in sorted((RESULTS / device).glob("*.json")):
+        if file.name.startswith(WHOLE_MODELS):
+            for one in runs.load(file).series:
+                if runs.IN_BATCHES not in one.case:
+                    key = (one.dtype, *(one.facts.get(name) for name in CASE))
+                    cases.setdefault(key, {}).setdefault(one.contender, one)
     rows = []
-    records = [runs.load(file).series for file in sorted((RESULTS / device).glob("bert-*.json"))]
-    trains = any(one.suite == "train" for series in records for one in series)
-    for series in records:
-        found = {one.contender: one for one in series}
-        case = next(iter(found.values())).facts
-        label = "training step" if case["mode"] == "train" else "inference"
-        label += (
-            f", {case['dtype']}{' autocast' if case['mode'] == 'train' and case['dtype'] != 'fp32' else ''}"
-        )
-        label += f", {case['layers']} layers" if case["layers"] != 12 else ""
-        names = TABLES[device]
-        ratios = [digits(found[name].speedup["median"]) if name in found else "" for name in names]
-        if not trains:
-            label = label.removeprefix("inference, ")  # the heading of such a table says so
-        cells = [label, FILLS[case["fill"]], *ratios[:-1], f"**{ratios[-1]}**" if ratios[-1] else ""]
-        rows.append(row(cells))
+    for found in cases.values():
+        ratios = [digits(found[name].speedup["median"]) if name in found else "" for name in TABLES[device]]
+        ratios[-1] = ratios[-1] and f"**{ratios[-1]}**"
+        one = next(iter(found.values()))
+        rows.append(row([label(one), FILLS[one.facts["fill"]], *ratios]))
     return rows
+
+
+def label(one: runs.Series) -> str:
+    """Model, mode, dtype, and what is not as usual."""
+    facts = one.facts
+    same = lambda shape: all(facts.get(k, v) == v for k, v in shape.items() if k != "layers")  # noqa: E731
+    family = {"family": "bert"}
+    shape, name = next(
+        (SHAPES[known], written) for known, written in MODELS.items() if same(family | SHAPES[known])
+    )
+    train = facts["mode"] == "train"
+    words = [*([name] if name else []), "training step" if train else "inference"]
+    words += [one.dtype + (" autocast" if train and one.dtype != "fp32" else "")]
+    if facts["layers"] != shape["layers"]:
+        words.append(f"{facts['layers']} layers")
+    if facts["seq"] not in (256, 197):
+        words.append(f"{facts['batch']} × {facts['seq']}")
+    return ", ".join(words)
 
 
 def family_rows(device: str) -> list[str]:
