@@ -1,5 +1,8 @@
 // Scaled dot-product attention over dense batches (Vaswani et al. 2017, arXiv 1706.03762), and its gradients.
 
+#if defined(PYTORCH_EXT_CUDA_HOST) && !defined(PYTORCH_EXT_SHORT_LENGTH)
+#define PYTORCH_EXT_SHORT_LENGTH 64
+#endif
 #include "attention_kernels.cuh"
 
 namespace pytorch_ext::cuda {

@@ -149,6 +149,15 @@ __device__ inline void zero_rows(const Heads<T>& heads, const Problem& p, const 
                                                                                                     0};
 }
 
+// The output of tokens behind the last sequence, by all blocks of a head together.
+template <int THREADS, int D, class T>
+__device__ inline void nothing_behind(const Heads<T>& out, const Heads<float>& lse, const Problem& p,
+                                      const Work& at) {
+    zero_rows<THREADS, D>(out, p, at, at.first_q, at.q_len);
+    for (int i = at.block * THREADS + threadIdx.x; i < at.q_len; i += p.blocks * THREADS)
+        *lse.at(at.sequence, at.head, at.first_q + i) = -INFINITY;
+}
+
 // --- On the host ------------------------------------------------------------------------------------------------
 
 // A tensor as heads: (B, H, L, D), or of tokens (L, H, D). Its rows begin at multiples of 16 bytes, else it is a copy.

@@ -58,12 +58,7 @@ __global__ void __launch_bounds__(S::THREADS)
     constexpr int D = S::D, M = S::M, KEYS = S::KEYS;
     const Work at(p, p.heads, p.causal);
     const int first = at.block * S::ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (at.behind) {
-        zero_rows<S::THREADS, D>(out, p, at, at.first_q, at.q_len);
-        for (int i = at.block * S::THREADS + threadIdx.x; i < at.q_len; i += p.blocks * S::THREADS)
-            *lse.at(at.sequence, at.head, at.first_q + i) = -INFINITY;
-        return;
-    }
+    if (at.behind) return nothing_behind<S::THREADS, D>(out, lse, p, at);
     if (first >= at.q_len) return;
     T* const room = shared_memory<T>();
     const Tile<T, D, S::ROWS> q_tile{room + 2 * KEYS * D};

@@ -4,6 +4,8 @@
 
 #include "attention_backward.cuh"
 #include "attention_forward.cuh"
+#include "attention_short_backward.cuh"
+#include "attention_short_forward.cuh"
 
 namespace pytorch_ext::cuda {
 namespace {
@@ -66,18 +68,32 @@ void attend(const AttentionCall& call) {
         const Heads<float> lse = heads_of(call.lse);
         // Twice as many queries for each key that is read, where there are as many and registers allow it: of wider heads
         // they do not, and of 32 ptxas spills for sm_100.
-        if constexpr (D == 64)
+        if constexpr (D == 64) {
+            if (is_short(call))
+                return with_keys_of(call, [&](auto keys) {
+                    launch_short_forward<ShortForwardShape<T, D, decltype(keys)::value>>(call, lse);
+                });
             if (call.longest_q > 64) return launch_forward<ForwardShape<T, D, 2>>(call, lse);
+        }
         launch_forward<ForwardShape<T, D, 1>>(call, lse);
     });
 }
 
 void differentiate(const AttentionCall& call, const Tensor& dout, const Tensor& dq, const Tensor& dk,
                    const Tensor& dv) {
-    const Tensor delta = new_empty(call.lse, call.lse.sizes());
     with_head(call.out, [&](auto head) {
-        using Shape = BackwardShape<typename decltype(head)::T, decltype(head)::D>;
-        launch_backward<Shape>(call, OwnedHeads(dout), heads_of(call.lse), heads_of(delta), dq, dk, dv);
+        using T = typename decltype(head)::T;
+        constexpr int D = decltype(head)::D;
+        const OwnedHeads dout_rows(dout);
+        const Heads<float> lse = heads_of(call.lse);
+        if constexpr (D == 64)
+            if (is_short(call))
+                return with_keys_of(call, [&](auto keys) {
+                    using Shape = ShortBackwardShape<T, D, decltype(keys)::value>;
+                    launch_short_backward<Shape>(call, dout_rows, lse, dq, dk, dv);
+                });
+        const Tensor delta = new_empty(call.lse, call.lse.sizes());
+        launch_backward<BackwardShape<T, D>>(call, dout_rows, lse, heads_of(delta), dq, dk, dv);
     });
 }
 

@@ -26,7 +26,7 @@ struct Tile {
     }
 };
 
-// Starts the copy of rows `from` and on, by all THREADS of the block; those that are not there are zero.
+// Starts the copy of rows `from` and on, by all THREADS of the block or of each warp; those that are not there are zero.
 template <int THREADS, class Tile, class There>
 __device__ inline void copy_rows(const Tile& tile, const typename Tile::T* from, int64_t stride,
                                  const There& there) {
@@ -34,7 +34,7 @@ __device__ inline void copy_rows(const Tile& tile, const typename Tile::T* from,
     static_assert(Tile::ROWS * CHUNKS % THREADS == 0);
 #pragma unroll
     for (int i = 0; i < Tile::ROWS * CHUNKS / THREADS; ++i) {
-        const int at = i * THREADS + threadIdx.x, row = at / CHUNKS, c = at % CHUNKS;
+        const int at = i * THREADS + threadIdx.x % THREADS, row = at / CHUNKS, c = at % CHUNKS;
         const bool is = there(row);
         copy_async(tile.chunk(row, c), from + (is ? row : 0) * stride + c * 8, is);
     }

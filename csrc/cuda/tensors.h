@@ -17,7 +17,8 @@
 
 // The ops live in a namespace of their own: pytorch_ext::<op> chooses among backends, and calls these. Tests load the
 // same sources, compiled for the CPU, beside this library.
-#ifdef PYTORCH_EXT_CUDA_HOST
+#if defined(PYTORCH_EXT_OPS)
+#elif defined(PYTORCH_EXT_CUDA_HOST)
 #define PYTORCH_EXT_OPS pytorch_ext_cuda_host
 #else
 #define PYTORCH_EXT_OPS pytorch_ext_cuda

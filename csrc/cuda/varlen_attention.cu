@@ -2,7 +2,8 @@
 // by the kernels of attention.cu. Tokens behind the last sequence get zeros.
 
 #include "attention.cuh"
-#ifdef PYTORCH_EXT_CUDA_HOST  // there each file becomes a library of its own
+// On the CPU each file becomes a library of its own.
+#if defined(PYTORCH_EXT_CUDA_HOST) && !defined(PYTORCH_EXT_ONLY_HEAD)
 #define PYTORCH_EXT_ONLY_BFLOAT16
 #define PYTORCH_EXT_ONLY_HEAD 32
 #include "attention_kernels.cuh"

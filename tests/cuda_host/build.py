@@ -19,6 +19,8 @@ ROOT = HERE.parents[1]
 SOURCES = Path(os.environ.get("CUDA_HOST_SOURCES") or ROOT / "csrc" / "cuda")
 KEPT = SOURCES if "CUDA_HOST_SOURCES" in os.environ else ROOT / "build" / "cuda_host"
 NAMESPACE = "pytorch_ext_cuda_host"
+# What kernels read and write is watched; the runtimes of the sanitizers have to be in the process before Python is.
+SANITIZE = bool(os.environ.get("CUDA_HOST_SANITIZE"))
 
 FLAGS = [
     *("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-march=native"),
@@ -46,7 +48,7 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
-def build(stem: str, sources: Path = SOURCES, *, sanitize: bool = False) -> Path:
+def build(stem: str, sources: Path = SOURCES, *, sanitize: bool = SANITIZE) -> Path:
     """The library of one .cu file, compiled unless it is there already."""
     options = [*FLAGS, *(SANITIZED if sanitize else FAST)]
     name = f"{stem}-sanitized" if sanitize else stem
@@ -81,6 +83,8 @@ def _digest(source: Path, options: list[str]) -> str:
     )
     found.update(native.stdout)
     headers = [*SOURCES.glob("*.cuh"), *SOURCES.glob("*.h"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]
-    for path in [source, *sorted(headers)]:
+    # Another folder's source may include these.
+    included = SOURCES.glob("*.cu") if source.parent != SOURCES else ()
+    for path in [source, *sorted(headers), *sorted(included)]:
         found.update(path.read_bytes())
     return found.hexdigest()[:16]

@@ -44,16 +44,15 @@ def cuda_host(builder, monkeypatch) -> Callable[..., object]:
     """
     caches = (cuda._missing, _registry._has_kernel, _registry.kernel)
 
-    def use(*stems: str) -> object:
+    def use(*stems: str, sources: Path = builder.SOURCES, namespace: str = builder.NAMESPACE) -> object:
         for stem in stems:
-            torch.ops.load_library(str(builder.build(stem)))
-        namespace = getattr(torch.ops, builder.NAMESPACE)
-        monkeypatch.setattr(cuda, "kernels", lambda: table(builder.NAMESPACE))
+            torch.ops.load_library(str(builder.build(stem, sources)))
+        monkeypatch.setattr(cuda, "kernels", lambda: table(namespace))
         monkeypatch.setattr(cuda, "on_device", lambda *_: [])
         monkeypatch.setattr(cuda, "capability", lambda *_: [])
         for cached in caches:
             cached.cache_clear()
-        return namespace
+        return getattr(torch.ops, namespace)
 
     yield use
     monkeypatch.undo()
