@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from side_by_side import Run, draw, take_turns
+from side_by_side import Run, draw, steps, take_turns
 
 import pytorch_ext
 from pytorch_ext import finetune
@@ -118,10 +118,10 @@ def compare_tunes(rows: Rows, options: argparse.Namespace) -> None:
             )
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tune", action="store_true", help="compare what learns, instead of the two models")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=steps, default=200)
     parser.add_argument(
         "--batch", type=int, default=8, help="texts in a batch of the comparison of two models"
     )
@@ -130,16 +130,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, default=Path("finetune-docstrings.png"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     rows = docstrings()
     print(f"MiniLM on {len(rows):,} docstrings of {CLASSES} parts of the standard library, fp32 on the CPU")
     if options.tune:
         compare_tunes(rows, options)
     else:
-        draw(
-            compare(split(rows, None, None, options.seed), models.find(None).folder, options), options.picture
-        )
+        compare(split(rows, None, None, options.seed), models.find(None).folder, options)
 
 
 if __name__ == "__main__":

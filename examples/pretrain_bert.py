@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from side_by_side import Run, draw, take_turns
+from side_by_side import Run, draw, steps, take_turns
 from torch import Tensor, nn
 
 import pytorch_ext
@@ -73,9 +73,9 @@ def step_of(batch: dict[str, Tensor], vocabulary: int, length: int, kept: str | 
     return step
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=steps, default=200)
     parser.add_argument("--batch", type=int, default=32, help="pairs in a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens of a pair, at most")
     parser.add_argument("--vocabulary", type=int, default=4000)
@@ -84,7 +84,7 @@ def main() -> None:
         "--save", type=Path, metavar="FOLDER", help="write the optimised model and the tokenizer"
     )
     parser.add_argument("--picture", type=Path, default=Path("pretrain-bert.png"))
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     written = documents_of_sentences()
     tokenizer = train_wordpiece(itertools.chain(*written), options.vocabulary)

@@ -1,5 +1,6 @@
 """The original and the optimised model making the same steps in turn: for the examples that compare the two."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 3  # steps that are not timed
+
+
+def steps(text: str) -> int:
+    """For argparse: enough of them to time some."""
+    if not text.isdecimal() or int(text) < WARM_UP + 2:
+        raise argparse.ArgumentTypeError(f"expected a number of at least {WARM_UP + 2}, got {text}")
+    return int(text)
 
 
 class Run:
