@@ -1,6 +1,6 @@
-"""Train an optimised classifier on many devices: by data, by shards of its weights, by features, or by depth.
+"""Train an optimised classifier on many devices: by data, by shards of weights, by features and tokens, or by depth.
 
-    torchrun --nproc-per-node 2 examples/train_distributed.py --parallel ddp|fsdp|tp|pp
+    torchrun --nproc-per-node 2 examples/train_distributed.py --parallel ddp|fsdp|tp|sp|pp
     python examples/train_distributed.py                        # the same steps in one process
 
 Every way makes the same steps as one process does, on GPUs (NCCL) or without (gloo). With --save and --load
@@ -26,9 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pytorch_ext
 from pytorch_ext.models import BertConfig, BertForSequenceClassification
-from pytorch_ext.training import PipelinePart, recompute, tensor_parallel
+from pytorch_ext.training import PipelinePart, recompute, sequence_parallel, tensor_parallel
 
-WAYS = ("one", "ddp", "fsdp", "tp", "pp")
+WAYS = ("one", "ddp", "fsdp", "tp", "sp", "pp")
 BATCH, SEQLEN, CLASSES, VOCABULARY = 8, 24, 3, 96
 MICROBATCHES = 2
 
@@ -80,6 +80,8 @@ class Training:
         mesh = init_device_mesh(device.type, (self.world,))
         if self.way == "tp":
             return tensor_parallel(model, mesh)
+        if self.way == "sp":
+            return sequence_parallel(model, mesh)
         if self.way == "fsdp":
             for layer in model.bert.encoder.layer:
                 fully_shard(layer, mesh=mesh)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..nn._graphs import replayed
 from . import _bypass as bypass
 from ._attention import biased
+from ._by_tokens import shared
 from ._padding import Packed, attention_mask, flattened, note, pack
 from ._recompute import layer_call
 from ._swap import options_of, scope, swapped
@@ -99,6 +100,7 @@ def run_layers(
         found = replayed(encoder, options_of(encoder).recorder, run, x, packed, handed_down)
         if found is not None:
             return found
+    x, packed = shared(encoder, x, packed, dense_mask)
     call = layer_call(encoder)
     for layer in layers:
         if packed is None:

@@ -14,6 +14,7 @@ from ..nn._whole import PostNorm, as_one
 from . import _bypass as bypass
 from ._attention import attend
 from ._blocks import linear_activation, query_key_value, residual_norm
+from ._by_tokens import Shared, fits, layer_by_tokens
 from ._encoder import undisturbed
 from ._padding import Packed, attention_mask
 from ._swap import scope
@@ -73,6 +74,13 @@ def fused_layer(
     padded = packed is not None and x.dim() == 3
     if padded:
         x = packed.unpad(x)
+    if isinstance(packed, Shared):
+        with scope(layer):
+            if bias is None and fits(parts):
+                x = layer_by_tokens(parts, x, packed)
+            else:
+                x = packed.part(fused_layer(layer, parts, packed.whole(x), None, packed.unshared, bias))
+        return packed.pad(x) if padded else x
     rate = parts.attention_dropout
     with scope(layer):
         plain = bias is None and (packed is not None or mask is None)

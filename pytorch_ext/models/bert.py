@@ -65,9 +65,8 @@ class BertSelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, H, S, d)"""
-        batch, seqlen, _ = x.shape
-        return x.view(batch, seqlen, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
+        """(B, S, D) -> (B, H, S, d), for as many heads as ``x`` has: with tensor parallelism a part of them"""
+        return x.view(*x.shape[:2], -1, self.attention_head_size).transpose(1, 2)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False

@@ -31,13 +31,24 @@ def activations_apart() -> Iterator[None]:
 
 def linear_activation(linear: nn.Module, activation: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
     """``activation(linear(x))``, as one op where ``linear`` is plain and the activation known."""
-    name = None if activation is None else bypass.activation_name(activation)
-    if bypass.plain_linear(linear) and (name is not None or activation is None):
-        if name is not None and not torch.compiler.is_compiling() and _apart.get():
-            return _ACTIVATIONS[name](ops.linear(x, linear.weight, linear.bias))
-        return ops.linear(x, linear.weight, linear.bias, name)
+    if bypass.plain_linear(linear):
+        return activated(x, linear.weight, linear.bias, activation)
     x = linear(x)
     return x if activation is None else activation(x)
+
+
+def activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``activation(x @ weight.T + bias)``, as one op where the activation is known."""
+    if activation is None:
+        return ops.linear(x, weight, bias)
+    name = bypass.activation_name(activation)
+    if name is None:
+        return activation(ops.linear(x, weight, bias))
+    if not torch.compiler.is_compiling() and _apart.get():
+        return _ACTIVATIONS[name](ops.linear(x, weight, bias))
+    return ops.linear(x, weight, bias, name)
 
 
 def product(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..backends import exporting
 from ..ops import pad_input
+from ..ops._raw import is_distributed
 from ..ops.padding import gathered
 
 # What happened in an encoder's last eager forward, for those who ask.
@@ -150,9 +151,11 @@ def _dense_reason(
         return f"the mask has {mask.dim()} dimensions, which says more than where padding is"
     if mask.shape != x.shape[:2]:
         return f"the mask is {tuple(mask.shape)} and the batch {tuple(x.shape[:2])}"
-    if not torch.compiler.is_compiling() and _mapped(mask):
-        return "torch.func.vmap maps over the mask"
-    return None
+    if torch.compiler.is_compiling():
+        return None
+    if is_distributed(x):
+        return "the batch is shared out over devices already"
+    return "torch.func.vmap maps over the mask" if _mapped(mask) else None
 
 
 def _mapped(t: Tensor) -> bool:

@@ -76,10 +76,15 @@ def call(op: Callable, *args: Any) -> Any:
     return kernel(args[-1], _names[op])(*args[:-1])
 
 
+def is_distributed(value: Any) -> bool:
+    """Whether ``value`` is a DTensor."""
+    distributed = sys.modules.get("torch.distributed.tensor")  # who made a DTensor has imported it
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
 def _sharded(args: tuple) -> tuple | list:
     """``args``, and where they hold a DTensor all as DTensors, with which our ops then know what to do."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # who made a DTensor has imported it
-    if distributed is None or not any(isinstance(a, distributed.DTensor) for a in args):
+    if not any(map(is_distributed, args)):
         return args
     from . import _sharding
 

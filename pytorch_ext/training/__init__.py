@@ -4,7 +4,7 @@
 batches of masked sentence pairs. The engines stay PyTorch's and Hugging Face's.
 """
 
-from .parallel import PipelinePart, tensor_parallel
+from .parallel import PipelinePart, sequence_parallel, tensor_parallel
 from .recompute import recompute, selective_contexts
 
-__all__ = ["PipelinePart", "recompute", "selective_contexts", "tensor_parallel"]
+__all__ = ["PipelinePart", "recompute", "selective_contexts", "sequence_parallel", "tensor_parallel"]

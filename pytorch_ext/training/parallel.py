@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..dropin._by_tokens import share_tokens
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,8 +19,8 @@ COLUMNS = ("attention.self.query", "attention.self.key", "attention.self.value",
 ROWS = ("attention.output.dense", "output.dense")
 
 
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The layers of the optimised encoder in ``model``.
+def encoder_of(model: nn.Module) -> nn.Module:
+    """The optimised encoder in ``model``, whose ``layer`` lists its layers.
 
     Raises:
         ValueError: there is none whose layers have BERT's names.
@@ -28,7 +30,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
         if getattr(module, "removes_padding", False) and isinstance(layers, nn.ModuleList) and len(layers):
             names = {name for name, _ in layers[0].named_modules()}
             if names.issuperset(COLUMNS + ROWS):
-                return layers
+                return module
     raise ValueError(f"model: expected an optimised encoder with BERT's layers, got {type(model).__name__}")
 
 
@@ -43,7 +45,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    layers = layers_of(model)
+    layers = encoder_of(model).layer
     inner = layers[0].attention.self
     heads = inner.query.out_features // inner.attention_head_size
     if heads % mesh.size():
@@ -51,6 +53,22 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     plan = {**{name: ColwiseParallel() for name in COLUMNS}, **{name: RowwiseParallel() for name in ROWS}}
     for layer in layers:
         parallelize_module(layer, mesh, plan)
+    return model
+
+
+def sequence_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """:func:`tensor_parallel`, and between the products each rank keeps a part of the tokens, in place.
+
+    As Korthikanti et al. 2022 (arXiv 2205.05198), over the real tokens of the batch: sums, dropout and LayerNorm work
+    on a rank's own. Each sum of ``tensor_parallel`` becomes a scattered one and a gather, which move as many bytes.
+    Every rank gets the same batch and draws the same random numbers; the encoder's result is whole on every rank.
+    With a mask per pair of positions, or padding before position 0, it is as ``tensor_parallel``.
+
+    Raises:
+        ValueError: as :func:`tensor_parallel`.
+    """
+    tensor_parallel(model, mesh)
+    share_tokens(encoder_of(model), mesh)
     return model
 
 
@@ -70,7 +88,7 @@ class PipelinePart(nn.Module):
 
     def __init__(self, model: Any, index: int, count: int) -> None:
         super().__init__()
-        layers = layers_of(model)
+        layers = encoder_of(model).layer
         if count > len(layers):
             raise ValueError(f"count: expected at most as many parts as layers, {len(layers)}, got {count}")
         self.start, self.end = len(layers) * index // count, len(layers) * (index + 1) // count

@@ -3,15 +3,17 @@
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
 
 import pytorch_ext
 from pytorch_ext import backends, ops
+from pytorch_ext.dropin._by_tokens import _dropped
 from pytorch_ext.dropin._padding import last_forward
 from pytorch_ext.models import BertConfig, BertModel
-from pytorch_ext.training import tensor_parallel
+from pytorch_ext.training import sequence_parallel, tensor_parallel
 
 BACKENDS = ("reference", "cpu")
 
@@ -26,6 +28,8 @@ def check_all(mesh) -> list[str]:
     with backends.use("reference"):
         norms_by_sequence(mesh)
         layers_by_features(mesh)
+        layers_by_tokens(mesh)
+        dropout_by_tokens(mesh)
     return names
 
 
@@ -124,9 +128,7 @@ def norms_by_sequence(mesh) -> None:
     close(other[0].weight.grad.full_tensor(), block[0].weight.grad, "sequence parallel, gradient of the norm")
 
 
-def layers_by_features(mesh) -> None:
-    """Tensor parallel without padding, and with sums where the ranks have to meet."""
-    torch.manual_seed(2)
+def make_model(dropout=0.0) -> BertModel:
     config = BertConfig(
         vocab_size=31,
         hidden_size=16,
@@ -134,33 +136,103 @@ def layers_by_features(mesh) -> None:
         num_attention_heads=4,
         intermediate_size=24,
         max_position_embeddings=12,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
-    model = BertModel(config).double()
-    other = BertModel(config).double()
-    other.load_state_dict(model.state_dict())
+    torch.manual_seed(2)
+    return BertModel(config).double()
+
+
+def make_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask: 21 of 27 positions are real, which two ranks cannot share evenly."""
+    ids, mask = torch.randint(1, 31, (3, 9), generator=torch.Generator().manual_seed(3)), torch.ones(3, 9)
+    mask[0, 3:] = 0
+    return ids, mask
+
+
+def seen_by(name, function) -> list:
+    """The shape of the first argument of the op ``name``, each time that ``function`` calls it."""
+    seen, original = [], getattr(ops, name)
+    setattr(ops, name, lambda x, *args, **kwargs: seen.append(x.shape) or original(x, *args, **kwargs))
+    try:
+        function()
+    finally:
+        setattr(ops, name, original)
+    return seen
+
+
+def layers_by_features(mesh) -> None:
+    """Tensor parallel without padding, and with sums where the ranks have to meet."""
+    model, other = make_model(), make_model()
     tensor_parallel(pytorch_ext.optimize(other), mesh)
-    ids, mask = torch.randint(1, 31, (3, 9)), torch.ones(3, 9, dtype=torch.long)
-    mask[0, 4:] = 0
+    ids, mask = make_batch()
     for _ in range(2):
         want, got = model(ids, mask).last_hidden_state, other(ids, mask).last_hidden_state
         close(got[mask.bool()], want[mask.bool()], "tensor parallel")
-    assert last_forward(other.encoder) == "without padding: 22 of 27 positions were real tokens"
+    assert last_forward(other.encoder) == "without padding: 21 of 27 positions were real tokens"
     queries = other.encoder.layer[0].attention.self.query.weight
     assert isinstance(queries, DTensor) and queries.to_local().shape == (8, 16)
-    seen = []
-    original = ops.varlen_attention
-    ops.varlen_attention = lambda q, *args, **kwargs: seen.append(q.shape) or original(q, *args, **kwargs)
-    other(ids, mask)
-    ops.varlen_attention = original
-    assert seen == [(22, 2, 4)] * 2, "half of the heads, of the real tokens"
+    seen = seen_by("varlen_attention", lambda: other(ids, mask))
+    assert seen == [(21, 2, 4)] * 2, "half of the heads, of the real tokens"
     try:
         tensor_parallel(model, mesh)
     except ValueError as error:
         assert "expected an optimised encoder" in str(error)
     else:
         raise AssertionError("a model that was not optimised is refused")
+
+
+def layers_by_tokens(mesh) -> None:
+    """Sequence parallel without padding, under every mask, and where something wants to see padded batches."""
+    model, other = make_model(), make_model()
+    sequence_parallel(pytorch_ext.optimize(other), mesh)
+    ids, mask = make_batch()
+    left = mask.flip(1)
+    for given in (mask, None, left):
+        found = []
+        for m in (model, other):
+            m.zero_grad()
+            out = m(ids, given, output_hidden_states=given is mask)
+            shown = sum(out.hidden_states) if given is mask else out.last_hidden_state
+            found.append(shown if given is None else shown[given.bool()])
+            found[-1].square().sum().backward()
+        close(found[1], found[0], "sequence parallel")
+        for (name, p), q in zip(model.named_parameters(), other.named_parameters(), strict=True):
+            if p.grad is not None and not name.endswith("key.bias"):
+                gradient = q[1].grad
+                close(getattr(gradient, "full_tensor", lambda g=gradient: g)(), p.grad, f"gradient of {name}")
+    half = [(11 if mesh.get_local_rank() == 0 else 10, 16)] * 4
+    assert seen_by("dropout_add_layer_norm", lambda: other(ids, mask)) == half, "a part of the real tokens"
+    assert seen_by("varlen_attention", lambda: other(ids, mask)) == [(21, 2, 4)] * 2, "half of the heads"
+    seen = seen_by("dropout_add_layer_norm", lambda: other(ids[:1, :1]))
+    assert seen == [(1 - mesh.get_local_rank(), 16)] * 4, "a rank may have no token at all"
+    hook = other.encoder.layer[1].output.register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    close(
+        other(ids, mask).last_hidden_state, (model(ids, mask).last_hidden_state * mask[..., None]), "hooked"
+    )
+    assert seen[-1] == (3, 9, 16), "module by module, with padding"
+    hook.remove()
+
+
+def dropout_by_tokens(mesh) -> None:
+    """Each rank drops elements of its own tokens, and what the ranks draw together afterwards stays alike."""
+    model = sequence_parallel(pytorch_ext.optimize(make_model(dropout=0.3)), mesh)
+    ids, mask = make_batch()
+    torch.manual_seed(4)
+    found = model(ids, mask).last_hidden_state
+    found.square().sum().backward()
+    norm = model.encoder.layer[0].output.LayerNorm
+    for tensor in (found.detach(), norm.weight.grad, torch.get_rng_state()):
+        first, second = (torch.empty_like(tensor) for _ in range(2))
+        dist.all_gather([first, second], tensor.contiguous())
+        assert torch.equal(first, second), "alike on both ranks"
+    kept = _dropped(torch.ones(100, 64), 0.3, mesh)
+    first, second = (torch.empty_like(kept) for _ in range(2))
+    dist.all_gather([first, second], kept)
+    assert abs((kept == 0).double().mean() - 0.3) < 0.03
+    # Of two independent masks 0.7² + 0.3² of the elements agree; of one mask all.
+    assert abs(((first == 0) == (second == 0)).double().mean() - 0.58) < 0.03
+    close(kept.max(), torch.tensor(1 / 0.7), "scale")
 
 
 def close(got, want, what) -> None:

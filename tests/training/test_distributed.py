@@ -66,7 +66,7 @@ def losses(folder):
     return lambda name: json.loads((folder / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "tp", "pp"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "tp", "sp", "pp"])
 def test_ten_steps_of_two_processes_are_those_of_one(folder, losses, way):
     expected = losses("one")
     assert len(expected) == 10 and expected[-1] < 0.6 * expected[0], "it learns"
@@ -79,7 +79,7 @@ def test_ten_steps_of_two_processes_are_those_of_one(folder, losses, way):
             torch.testing.assert_close(saved[name], weight, rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("name", ["ddp-layers", "fsdp-selective", "tp-layers"])
+@pytest.mark.parametrize("name", ["ddp-layers", "fsdp-selective", "tp-layers", "sp-selective"])
 def test_what_is_computed_once_more_is_the_same(losses, name):
     assert losses(name) == pytest.approx(losses("one")[:3], rel=1e-10)
 

@@ -26,9 +26,9 @@ def main(example: Path, folder: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    for way in ("ddp", "fsdp", "tp", "pp"):
+    for way in ("ddp", "fsdp", "tp", "sp", "pp"):
         train(way, way, "--save", folder / way)
-    for way, what in (("ddp", "layers"), ("fsdp", "selective"), ("tp", "layers")):
+    for way, what in (("ddp", "layers"), ("fsdp", "selective"), ("tp", "layers"), ("sp", "selective")):
         train(way, f"{way}-{what}", "--recompute", what, "--steps", 3)
     train("pp", "pp-after-tp", "--load", folder / "tp", "--first", 10, "--steps", 2)
     train("fsdp", "fsdp-after-one", "--load", folder / "one", "--first", 10, "--steps", 2)
