@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..backends import requested, use
@@ -34,15 +34,32 @@ Contexts = tuple[contextlib.AbstractContextManager, contextlib.AbstractContextMa
 def layer_call(encoder: nn.Module) -> Callable[..., Any]:
     """How ``encoder`` calls a layer: ``call(layer, *args, **kwargs)``."""
     kind = options_of(encoder).recompute
-    # A compiler weighs by itself what to keep.
-    if kind is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if kind is None or not torch.is_grad_enabled():
         return _call
+    if torch.compiler.is_compiling():
+        return _tagging(kind)
     contexts = selective_contexts if kind == "selective" else _whole_contexts
 
     def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return checkpoint(layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return call
+
+
+def _tagging(kind: str) -> Callable[..., Any]:
+    """For a compiler, which divides the graph of both passes as the tags of its nodes say."""
+    told = {"context_fn": _tagging_contexts} if kind == "selective" else {}
+
+    def call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo takes nothing but tensors for arguments, and finds the rest in the closure.
+        return checkpoint(lambda x: layer(x, *args, **kwargs), x, use_reentrant=False, **told)
+
+    return call
+
+
+def _tagging_contexts() -> Contexts:
+    """As :func:`selective_contexts`; the backend is an argument of every op in the graph."""
+    return create_selective_checkpoint_contexts(_policy)
 
 
 def selective_contexts() -> Contexts:

@@ -18,7 +18,8 @@ def recompute(model: nn.Module, what: str | None = "layers") -> nn.Module:
     """Says what the optimised encoders in ``model`` keep of their layers for the backward pass, from now on.
 
     Gradients stay what they were, with dropout too: the second time draws the masks of the first. Under
-    ``torch.compile`` it does nothing, as Inductor weighs by itself what to keep.
+    ``torch.compile`` it says where the compiler divides the graph of both passes; say it before compiling. There
+    ``"selective"`` keeps what an activation makes of a product, where a kernel of ours computes both at once.
 
     Args:
         model: optimised, with an encoder of BERT's kind (BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, …).

@@ -1,9 +1,12 @@
 """Activations computed once more: the gradients of a model that keeps all, from less memory."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -134,6 +137,57 @@ def test_gradients_of_parts_of_a_batch_add_up(make_pair, make_batch):
         found.append({name: p.grad.clone() for name, p in fast.named_parameters()})
     assert_equal(found[1], found[0])
     assert_equal(found[2], found[0])
+
+
+@pytest.fixture
+def compiled():
+    """Compiles a model, and tells after a step which ops its forward and backward graph call, and what waits."""
+
+    def compiled(model):
+        torch._dynamo.reset()
+        found = {}
+
+        def keep(name):
+            def compiler(graph, inputs):
+                found[name] = Counter(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+                found[name]["results"] = len(graph.graph.output_node().args[0])
+                return make_boxed_func(graph.forward)
+
+            return compiler
+
+        backend = aot_autograd(
+            fw_compiler=keep("forward"),
+            bw_compiler=keep("backward"),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        return torch.compile(model, backend=backend, fullgraph=True, dynamic=True), found
+
+    yield compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.long
+def test_a_compiler_divides_the_graph_accordingly(make_pair, gradients, compiled):
+    """Dropout draws the same elements the second time there, too."""
+    _, fast = make_pair("px.BertForMaskedLM", dropout=0.3, backend="reference", num_hidden_layers=1)
+    graphs, found = [], []
+    for kind in (None, *KINDS):
+        model, graph = compiled(recompute(fast, kind))
+        got = gradients(model)
+        found.append({name.removeprefix("_orig_mod."): gradient for name, gradient in got.items()})
+        graphs.append(graph)
+        assert_equal(found[-1], found[0])
+    for name, whole, once_more, chosen in [
+        ("linear_fwd", 0, 6, 0),
+        ("varlen_attention_fwd", 0, 1, 0),
+        ("dropout_add_layer_norm_fwd", 0, 2, 2),
+        ("linear_bwd", 7, 7, 7),
+    ]:
+        name = f"pytorch_ext.{name}.default"
+        assert [g["backward"][name] for g in graphs] == [whole, once_more, chosen], name
+        assert len({g["forward"][name] for g in graphs}) == 1, name
+    kept, least, less = (g["forward"]["results"] for g in graphs)
+    assert least < less < kept
 
 
 def test_it_stays_until_it_is_told_otherwise(make_pair, gradients):
