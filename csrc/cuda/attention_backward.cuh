@@ -65,32 +65,26 @@ __global__ void __launch_bounds__(S::THREADS)
     wait_for_copies<1>();
     __syncthreads();
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int d = 0; d < D / 16; ++d) {
-            uint32_t gradient[4];
-            left_of(dout_tile)(gradient, m, d);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (query(m, i % 2) >= at.q_len) continue;
-                const T* const row = out.at(at.sequence, at.head, at.first_q + query(m, i % 2));
-                const float2 one = unpack<T>(gradient[i]);
-                const float2 other =
-                    unpack<T>(reinterpret_cast<const uint32_t*>(row)[d * 8 + i / 2 * 4 + lane % 4]);
-                const float2 products = {one.x * other.x, one.y * other.y};
-                deltas[m][i % 2] += products.x + products.y;
-                apart[m][i % 2] =
-                    fmaxf(apart[m][i % 2], fmaxf(fabsf(products.x), fabsf(products.y)) / 512.0f);
-            }
-        }
+    for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            deltas[m][half] = sum_of_four(deltas[m][half]);
-            if (query(m, half) >= at.q_len) continue;
+            const bool there = query(m, half) < at.q_len;
             const int64_t row = at.first_q + query(m, half);
-            lses[m][half] = *lse.at(at.sequence, at.head, row);
+            if (there) lses[m][half] = *lse.at(at.sequence, at.head, row);
+            // By the same product as those with values, so that of an output that is some key's value it has the same bits.
+            const auto* const pairs =
+                reinterpret_cast<const uint32_t*>(out.at(at.sequence, at.head, there ? row : at.first_q));
+            float with_eight[4] = {};
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                uint32_t gradient[4];
+                left_of(dout_tile)(gradient, m, d);
+                add_product<T>(with_eight, gradient, pairs[d * 8 + lane % 4], pairs[d * 8 + 4 + lane % 4]);
+            }
+            // A lane's two columns of eight are those of two rows; its own row's is with one of the four that have it.
+            const float own = with_eight[2 * half + lane / 4 % 2];
+            deltas[m][half] = __shfl_sync(ALL_LANES, own, lane / 4 * 4 + lane / 8);
         }
-    }
 
     const Philox philox(p.dropout.rng);
     const uint32_t head_of_all = at.sequence * p.heads + at.head;
