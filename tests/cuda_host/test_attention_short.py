@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,16 @@ from pytorch_ext.kernels.reference.philox import keep_attention
 from pytorch_ext.testing import REGIMES, cumulative, normal, padding_mask
 
 HERE = Path(__file__).resolve().parent
-_spec = importlib.util.spec_from_file_location("cuda_host_attention", HERE / "test_attention.py")
-attention = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(attention)
+
+
+def _module(name):
+    spec = importlib.util.spec_from_file_location(f"cuda_host_{name}", HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+attention, rows = _module("test_attention"), _module("test_rows")
 check, dropped_attention, of, qkv, rng = (
     getattr(attention, name) for name in ("check", "dropped_attention", "of", "qkv", "rng")
 )
@@ -227,3 +235,42 @@ def test_it_is_left_out_where_that_is_asked_for(device, monkeypatch):
     assert not torch.equal(short[1], others[1])
     torch.testing.assert_close(short[1], others[1])
     check_dense(device, "63")
+
+
+# The file, what is right and what is wrong there.
+BACKWARD, FORWARD = "attention_short_backward.cuh", "attention_short_forward.cuh"
+FAULTS = {
+    "gradients of scores that may not be there yet": (
+        BACKWARD,
+        "__syncthreads();  // the gradients of scores are there",
+        "",
+    ),
+    "sums that a faster warp overwrites": (BACKWARD, "(i % 2 * (S::THREADS / WARP) + warp)", "warp"),
+    "the other half of a fragment": (
+        BACKWARD,
+        "row + of_sixteen(matrix / 2)",
+        "row + of_sixteen(matrix % 2)",
+    ),
+    "zero times what is no number": (
+        BACKWARD,
+        "if (hidden(m, of_keys % 2, lane % 4 * 4 + of_four)) kept_x[m][n][e] = dx[m][n][e] = 0.0f;",
+        "",
+    ),
+    "queries that a warp does not wait for": (FORWARD, "wait_for_copies<0>();\n        __syncwarp();", ""),
+    "a last part that is not copied": ("attention_short.cuh", "if (first < end)", "if (first + PART <= end)"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(builder, fault, tmp_path):
+    file, right, wrong = FAULTS[fault]
+    sources = tmp_path / "cuda"
+    shutil.copytree(rows.ROOT / "csrc" / "cuda", sources)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    chosen = ("-x", "-m", "not gpu", "-k", "dense or hidden or none")
+    done = rows.run_tests([Path(__file__)], "shuffled", sources, *chosen)
+    assert done.returncode == 1, done.stdout[-2000:]
+    assert " failed" in done.stdout, done.stdout[-2000:]
