@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ class Inputs:
         args, kwargs: positional and by name.
         free: for each tensor among them, in order: dimension -> the name of its size.
         resized: whether these are the example's at other sizes.
+        most: the largest size that was found to be right, by name, where there is one.
     """
 
     args: tuple
     kwargs: dict[str, Any]
     free: list[dict[int, str]]
     resized: bool = False
+    most: dict[str, int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -61,7 +63,7 @@ class Inputs:
             return t
 
         args, kwargs = pytree.tree_map_only(Tensor, resize, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.free, resized=True)
+        return Inputs(args, kwargs, self.free, resized=True, most=self.most)
 
     def other(self) -> Inputs:
         """One sequence more and one token less, where these are free."""
@@ -70,6 +72,7 @@ class Inputs:
             name: size + 1 if name.startswith("batch") or size < 3 else size - 1
             for name, size in sizes.items()
         }
+        grown = {name: min(size, self.most.get(name, size)) for name, size in grown.items()}
         return self.with_sizes(grown)
 
     def fix(self, name: str) -> None:

@@ -129,7 +129,10 @@ def quiet() -> Iterator[None]:
 
 
 def _keep_free(program: ExportedProgram, inputs: Inputs, asked: bool) -> None:
-    """Leaves in ``inputs.free`` what the program did not fix."""
+    """Leaves in ``inputs.free`` what the program did not fix, and notes how large it may become.
+
+    ONNX has no place for such a limit, and a graph says nothing of it: beyond, ``forward`` would have gone another way.
+    """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     names = [name for name in program.graph_signature.user_inputs if isinstance(name, str) and name in nodes]
     traced = [(name, nodes[name].meta.get("val")) for name in names]
@@ -142,3 +145,8 @@ def _keep_free(program: ExportedProgram, inputs: Inputs, asked: bool) -> None:
                     f"dynamic: dimension {dim} of {name} is {size} and nothing else in this model"
                 )
             del free[dim]
+        for dim, size in free.items():
+            limits = program.range_constraints.get(value.shape[dim].node.expr)
+            if limits is not None and limits.upper.is_Integer:  # else infinity
+                most = int(limits.upper)
+                inputs.most[size] = min(most, inputs.most.get(size, most))

@@ -29,6 +29,7 @@ class Exported:
         path: the file; large weights lie beside it in ``<path>.data``.
         nodes: how many nodes of each type the graph has.
         free: the names of the sizes that may differ from call to call.
+        most: the largest that such a size may be, where the model has a limit.
         difference: the largest to PyTorch's output; None if nobody looked.
         shapes: of the inputs with which it was looked for.
     """
@@ -38,11 +39,13 @@ class Exported:
     free: tuple[str, ...]
     difference: float | None = None
     shapes: list[str] = field(default_factory=list)
+    most: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in self.nodes.most_common())
         lines = [f"{self.path}: {self.nodes.total()} nodes: {types}"]
-        lines.append(f"free sizes: {', '.join(self.free) or 'none'}")
+        free = [f"{name} (at most {self.most[name]})" if name in self.most else name for name in self.free]
+        lines.append(f"free sizes: {', '.join(free) or 'none'}")
         if self.difference is not None:
             shapes = " and of ".join(self.shapes)
             lines.append(
@@ -103,7 +106,7 @@ def to_onnx(
         names = list(named_outputs(run(model, inputs)))
         graph = _save(_converted(program, opset, names, inputs), temporary)
         difference, shapes = check(temporary, model, inputs) if check_outputs else (None, [])
-    return Exported(path, _counted(graph), tuple(inputs.sizes), difference, shapes)
+    return Exported(path, _counted(graph), tuple(inputs.sizes), difference, shapes, inputs.most)
 
 
 def to_pt2(
@@ -128,7 +131,8 @@ def to_pt2(
         with quiet():
             torch.export.save(program, temporary)
     nodes = Counter(_op_name(node.target) for node in program.graph.nodes if node.op == "call_function")
-    return Exported(path, nodes, tuple(inputs.sizes), difference, [call.shapes for call in calls])
+    shapes = [call.shapes for call in calls]
+    return Exported(path, nodes, tuple(inputs.sizes), difference, shapes, inputs.most)
 
 
 def _difference(program: ExportedProgram, model: nn.Module, inputs: Inputs) -> float:

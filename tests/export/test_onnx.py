@@ -196,6 +196,13 @@ class Pairs(nn.Module):
         return x if x.shape[0] % 2 == 0 else -x
 
 
+class Small(nn.Module):
+    """Goes one way up to three examples of four, and another beyond."""
+
+    def forward(self, x):
+        return -x if x.shape[0] < 4 and x.shape[1] <= 4 else x
+
+
 class One(nn.Module):
     """For a batch of one alone."""
 
@@ -210,6 +217,9 @@ def test_sizes_are_free_where_the_model_leaves_them_so(tmp_path):
     assert export.to_pt2(nn.Conv1d(1, 2, 3), signal, file).free == ("batch", "length")
     assert export.to_pt2(nn.Linear(9, 2), signal, file).free == ("batch", "sequence")
     assert export.to_pt2(One(), signal, file).free == ("sequence",)
+    made = export.to_onnx(Small(), torch.ones(3, 4, 5), file)  # of which a graph says nothing
+    assert made.most == {"batch": 3, "sequence": 4} and made.shapes == ["(3, 4, 5)", "(3, 3, 5)"]
+    assert "free sizes: batch (at most 3), sequence (at most 4)" in str(made)
     file.unlink()
     other = r"of \(3, 9\) \(the example's at other sizes; `dynamic` says"
     with pytest.raises(export.ExportError, match=other):
