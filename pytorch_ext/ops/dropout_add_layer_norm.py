@@ -18,6 +18,7 @@ from ._raw import (
     statistics_dtype,
     wants_grad,
 )
+from .layer_norm import layer_norm_bwd
 
 
 def dropout_add_layer_norm(
@@ -149,6 +150,12 @@ class DropoutAddLayerNormFunction(torch.autograd.Function):
         sum, input, residual, weight, bias, input_bias, mean, rstd, rng = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(sum)
+        if dsum is None and input_bias is None and rng is None and input.dtype == residual.dtype:
+            # Both summands have the gradient of the sum: one tensor for both, as from PyTorch's addition.
+            dsum, dweight, dbias = call(
+                layer_norm_bwd, dout, sum, sum.shape[-1:], weight, bias, mean, rstd, ctx.backend
+            )
+            return dsum, dsum, dweight, none_if_absent(dbias, bias), None, None, None, None, None, None
         dinput, dresidual, dweight, dbias, dinput_bias = call(
             dropout_add_layer_norm_bwd,
             *(
