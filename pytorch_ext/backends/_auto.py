@@ -31,6 +31,11 @@ WORTHWHILE: dict[tuple[str, str], int] = {
     ("linear", "cpu"): 2**14,
 }
 
+# In place of that where gradients are recorded, which costs twice: a forward of ours then lays its weight out anew.
+WORTHWHILE_TRAINED: dict[tuple[str, str], int] = {
+    ("layer_norm", "cpu"): 2**19,
+    ("linear", "cpu"): 2**16,
+}
 
 # Under ``torch.compile`` without gradients, where that differs: Inductor makes one loop of PyTorch's op and of its
 # neighbours, which is worth more than what a kernel of ours saves. With gradients ours win (docs/tuning.md).
@@ -54,8 +59,11 @@ def fastest(op: str, tensor: Tensor) -> str:
     if torch.compiler.is_compiling():
         # Of no size: a graph is for many, and calls without Python in between.
         return backend if torch.is_grad_enabled() else COMPILED_INFERENCE.get(row, backend)
+    least = WORTHWHILE.get(row, 0)
+    if torch.is_grad_enabled():
+        least = WORTHWHILE_TRAINED.get(row, least)
     # A tensor without elements stands for those of any size, as where a report asks.
-    return "native" if 0 < tensor.numel() < WORTHWHILE.get(row, 0) else backend
+    return "native" if 0 < tensor.numel() < least else backend
 
 
 def _device(tensor: Tensor) -> str:
