@@ -19,18 +19,21 @@ struct Blocks {
     int64_t rows, cols, down, across;
 };
 
-Blocks blocks_of(int64_t m, int64_t n, int64_t k, int64_t row_step) {
+Blocks blocks_of(int64_t m, int64_t n, int64_t k, int64_t row_step, int64_t col_step) {
     const int64_t threads = at::get_num_threads();
     Blocks blocks{};
     blocks.down = ceil_div(m, BLOCK_ROWS);
     blocks.across = ceil_div(n, BLOCK_COLS);
-    // Several for each thread, so that none waits long for the last one; about 0.1 ms of work is worth a block.
-    const int64_t worthwhile = std::max<int64_t>(1, m * n * k / 2'000'000);
-    const int64_t wanted = std::min(threads > 1 ? 8 * threads : 1, worthwhile);
+    // Several for each thread, so that none waits long for the last one; 50 us of work are worth a block, and where that
+    // leaves a thread idle, 10.
+    const int64_t work = m * n * k;
+    const int64_t wanted = threads == 1 ? 1
+                                        : std::max({int64_t{1}, std::min(8 * threads, work / 2'000'000),
+                                                    std::min(3 * threads, work / 500'000)});
     if (blocks.down * blocks.across < wanted)
-        blocks.across = std::min(ceil_div(wanted, blocks.down), ceil_div(n, PAIR_COLS));
+        blocks.across = std::min(ceil_div(wanted, blocks.down), ceil_div(n, col_step));
     blocks.rows = std::min(round_up(ceil_div(m, blocks.down), row_step), BLOCK_ROWS);
-    blocks.cols = std::min(round_up(ceil_div(n, blocks.across), PAIR_COLS), BLOCK_COLS);
+    blocks.cols = std::min(round_up(ceil_div(n, blocks.across), col_step), BLOCK_COLS);
     blocks.down = ceil_div(m, blocks.rows);
     blocks.across = ceil_div(n, blocks.cols);
     return blocks;
@@ -122,7 +125,7 @@ void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int
     const size_t needed = tiles  ? BLOCK_ROWS * BLOCK_COLS + TILE * round_up(k, TILE) / 2
                           : dots ? BLOCK_ROWS * BLOCK_COLS + BLOCK_ROWS * PAIR_DEPTH / 2
                                  : BLOCK_SCRATCH;
-    const Blocks blocks = blocks_of(m, n, k, tiles ? TILE : 12);
+    const Blocks blocks = blocks_of(m, n, k, tiles ? TILE : 12, tiles || dots ? PAIR_COLS : PANEL_STEP);
     parallel_items(
         blocks.down * blocks.across,
         [&](int64_t item) {
