@@ -121,7 +121,8 @@ def _test(device: str) -> list[Step]:
 
 
 def _sanitize(device: str) -> list[Step]:
-    chosen = ("-k", "(layer_norm or gelu) and (cuda or triton)", "--maxfail=1", "tests/ops")
+    few = "cuda_host and (dense or varlen) or (layer_norm or gelu) and (cuda or triton)"
+    chosen = ("-k", few, "--maxfail=1", "tests/cuda_host", "tests/ops")
     return [
         Step(
             f"sanitize {tool}",

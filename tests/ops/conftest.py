@@ -5,12 +5,12 @@ A test that takes ``backend`` runs on every backend that can run its module's ``
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -21,10 +21,12 @@ from pytorch_ext import backends, ops
 from pytorch_ext.testing import SEEDS, assert_contract, cumulative, normal, padding_mask
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# What the attention of csrc/cuda takes; all of its own tests are in tests/cuda_host/test_attention.py.
+CUDA_DTYPES, CUDA_HEADS = (torch.bfloat16, torch.float16), (32, 64, 96, 128)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One op on small tensors: ``ours`` and, from PyTorch's own ops, ``eager``, both without dropout."""
 
@@ -33,6 +35,7 @@ class Case:
     ours: Callable[..., Tensor | tuple[Tensor, ...]]
     eager: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[..., dict[str, Tensor]]  # from a generator and the scale and offset of a regime
+    dtype: torch.dtype = torch.float32  # where a test has none of its own
 
 
 def _norm_inputs(generator, **regime):
@@ -90,25 +93,25 @@ def _eager_embedding(
     return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-12)
 
 
-def _attention_inputs(generator, **regime):
+def _attention_inputs(generator, dim=20, **regime):
     # Sizes that eager PyTorch's flash attention takes: against it, not against slower paths, the error is held.
     return {
-        "query": normal(generator, 3, 4, 9, 20, **regime),
-        "key": normal(generator, 3, 2, 13, 20, **regime),
-        "value": normal(generator, 3, 2, 13, 20, **regime),
+        "query": normal(generator, 3, 4, 9, dim, **regime),
+        "key": normal(generator, 3, 2, 13, dim, **regime),
+        "value": normal(generator, 3, 2, 13, dim, **regime),
         "attn_mask": padding_mask((13, 5, 1), 13)[:, None, None, :],
     }
 
 
-def _causal_inputs(generator, **regime):
-    return {name: t for name, t in _attention_inputs(generator, **regime).items() if name != "attn_mask"}
+def _causal_inputs(generator, **sizes):
+    return {name: t for name, t in _attention_inputs(generator, **sizes).items() if name != "attn_mask"}
 
 
-def _varlen_inputs(generator, **regime):
+def _varlen_inputs(generator, dim=20, **regime):
     return {
-        "query": normal(generator, 11, 4, 20, **regime),
-        "key": normal(generator, 14, 2, 20, **regime),
-        "value": normal(generator, 14, 2, 20, **regime),
+        "query": normal(generator, 11, 4, dim, **regime),
+        "key": normal(generator, 14, 2, dim, **regime),
+        "value": normal(generator, 14, 2, dim, **regime),
         "cu_seqlens_q": cumulative((4, 0, 1, 6)),
         "cu_seqlens_k": cumulative((5, 2, 1, 6)),
     }
@@ -204,9 +207,31 @@ CASES = [
 
 
 def _able(op: str) -> list[str]:
-    able = [name for name in backends.available() if not backends.why_not(name, op)]
-    # The attention of csrc/cuda has kernels for two dtypes and four head sizes: tests/cuda_host/test_attention.py.
-    return [name for name in able if name != "cuda" or "attention" not in op]
+    return [name for name in backends.available() if not backends.why_not(name, op)]
+
+
+def _for(name: str, case):
+    """The case in a size and a dtype that the backend takes."""
+    if name != "cuda" or "attention" not in case.op:
+        return case
+    dtype = {"dtype": CUDA_DTYPES[0]} if hasattr(case, "dtype") else {}
+    return dataclasses.replace(case, make=functools.partial(case.make, dim=CUDA_HEADS[0]), **dtype)
+
+
+def _of_cuda_attention(item: pytest.Item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if "cuda" not in (params.get("backend"), params.get("kernel_backend")):
+        return False
+    return "attention" in (params["case"].op if "case" in params else item.module.OP)
+
+
+def _attention_takes(item: pytest.Item) -> bool:
+    """Whether it is in a size and a dtype that the attention of csrc/cuda takes."""
+    params = item.callspec.params
+    case = params.get("case")
+    dtype = params.get("dtype", getattr(case, "dtype", None))
+    sized = case is not None or (params.get("dim") in CUDA_HEADS and "value_dim" not in params)
+    return dtype in CUDA_DTYPES and sized
 
 
 def _marked(*values, name: str, id: str):
@@ -229,7 +254,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         left_out = "native" if argument == "kernel_backend" else None
         if "case" in metafunc.fixturenames:
             values = [
-                _marked(case, name, name=name, id=f"{case.name}-{name}")
+                _marked(_for(name, case), name, name=name, id=f"{case.name}-{name}")
                 for case in cases
                 for name in _able(case.op)
                 if name != left_out
@@ -245,9 +270,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves to ``make test-full`` what Triton's interpreter, and it alone, is too slow for, or to a GPU altogether.
 
     A test says so by ``full_in_interpreter``, ``long_in_interpreter`` and ``not_in_interpreter``: True, or a function
-    of some of its parameters that says of which.
+    of some of its parameters that says of which. And leaves out what the attention of csrc/cuda does not take.
     """
-    left_out = set()
+    left_out = {item for item in items if _of_cuda_attention(item) and not _attention_takes(item)}
     for item in items:
         if not item.get_closest_marker("interpreter"):
             continue
@@ -383,11 +408,11 @@ def check_contract() -> Callable:
 
 @pytest.fixture(scope="session")
 def inputs_of() -> Callable[..., dict[str, Tensor]]:
-    """The inputs of a case on the device of a backend, the floating ones in ``dtype``."""
+    """The inputs of a case on the device of a backend, the floating ones in ``dtype`` or that of the case."""
 
-    def make(case: Case, backend: str, dtype: torch.dtype = torch.float32, grad: bool = False, seed: int = 0):
+    def make(case: Case, backend: str, dtype: torch.dtype | None = None, grad: bool = False, seed: int = 0):
         made = case.make(torch.Generator().manual_seed(seed))
-        device = _device_of(backend)
+        device, dtype = _device_of(backend), dtype or case.dtype
         return {
             name: t.to(device, dtype).requires_grad_(grad) if t.is_floating_point() else t.to(device)
             for name, t in made.items()

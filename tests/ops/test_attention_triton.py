@@ -114,7 +114,8 @@ test_head_sizes.full_in_interpreter = lambda dim, is_causal: is_causal or dim in
 SIZES, OTHERS = (16, 32, 64, 128), ({}, {"is_causal": True}, {"scale": -0.3})
 # Every pair of sizes, with one of the options each, such that each option meets each size.
 TILES = [
-    ("by blocks", m, n, OTHERS[(i + j) % 3]) for (i, m), (j, n) in itertools.product(enumerate(SIZES), repeat=2)
+    ("by blocks", m, n, OTHERS[(i + j) % 3])
+    for (i, m), (j, n) in itertools.product(enumerate(SIZES), repeat=2)
 ]
 TILES += [("at once", m, None, options) for m, options in zip(SIZES, (*OTHERS, {}), strict=True)]
 

@@ -57,7 +57,7 @@ test_equals_the_uncompiled_function_without_gradients.cases = ONE_OF_EACH_OP
 
 def equals_the_uncompiled_function(case, backend, gradients, inputs_of, check_contract):
     function = compiled(case.ours)
-    check_contract(backend, function, case.eager, case.make, torch.float32, gradients=gradients)
+    check_contract(backend, function, case.eager, case.make, case.dtype, gradients=gradients)
     if backend != "native":  # one kernel ran, whoever called it, so the bits are the same too
         tensors = inputs_of(case, backend, grad=gradients)
         with backends.use(backend):
@@ -80,7 +80,7 @@ def test_inductor(case, kernel_backend, check_contract):
 
     But for varlen attention, where it takes a way of its own for compilers: test_varlen_attention.
     """
-    check_contract(kernel_backend, compiled(case.ours, "inductor"), case.eager, case.make, torch.float32)
+    check_contract(kernel_backend, compiled(case.ours, "inductor"), case.eager, case.make, case.dtype)
 
 
 test_inductor.cases = ONE_OF_EACH_OP

@@ -50,22 +50,21 @@ def _embedding_inputs(generator):
     return {"ids": ids, "word": normal(generator, 9, 10), "weight": normal(generator, 10)}
 
 
-def _attention_inputs(generator):
-    return {
-        name: normal(generator, 2, heads, n, 8) for name, heads, n in (("q", 4, 5), ("k", 2, 7), ("v", 2, 7))
-    }
+def _attention_inputs(generator, dim=8):
+    shapes = {"q": (2, 4, 5, dim), "k": (2, 2, 7, dim), "v": (2, 2, 7, dim)}
+    return {name: normal(generator, *shape) for name, shape in shapes.items()}
 
 
 def _eager_attention(keep, q, k, v):
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    return (torch.softmax(q @ k.mT * 8**-0.5, -1) * keep) @ v
+    return (torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) * keep) @ v
 
 
 LENGTHS_Q, LENGTHS_K = (3, 0, 5), (6, 2, 1)
 
 
-def _varlen_inputs(generator):
-    shapes = {"q": (8, 4, 8), "k": (9, 2, 8), "v": (9, 2, 8)}
+def _varlen_inputs(generator, dim=8):
+    shapes = {"q": (8, 4, dim), "k": (9, 2, dim), "v": (9, 2, dim)}
     return {name: normal(generator, *shape) for name, shape in shapes.items()}
 
 

@@ -33,7 +33,7 @@ def test_any_layout_of_the_inputs(case, backend, layout, check_contract):
     def of(function):
         return lambda **tensors: function(**{name: layout(t) for name, t in tensors.items()})
 
-    check_contract(backend, of(case.ours), of(case.eager), case.make, torch.float32)
+    check_contract(backend, of(case.ours), of(case.eager), case.make, case.dtype)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "stride_0"])
@@ -46,7 +46,7 @@ def test_any_layout_of_the_incoming_gradient(case, backend, layout, check_contra
 
         return call
 
-    check_contract(backend, of(case.ours), of(case.eager), case.make, torch.float32)
+    check_contract(backend, of(case.ours), of(case.eager), case.make, case.dtype)
 
 
 class Far(torch.autograd.Function):
@@ -96,6 +96,6 @@ def test_two_threads(case, kernel_backend, check_contract):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        check_contract(kernel_backend, case.ours, case.eager, case.make, torch.float32)
+        check_contract(kernel_backend, case.ours, case.eager, case.make, case.dtype)
     finally:
         torch.set_num_threads(threads)

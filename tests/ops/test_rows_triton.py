@@ -132,9 +132,7 @@ def test_wide_rows_drop_what_the_reference_drops(narrow_blocks, dropout_p):
     ids, word = torch.arange(5, device=DEVICE), normal(g, 5, 70).float().to(DEVICE)
     found = {}
     for name in ("triton", "reference"):
-        fwd = kernel(name, "dropout_add_layer_norm_fwd")(
-            x, 0 * x, weight, None, None, rng, dropout_p, 1e-5
-        )
+        fwd = kernel(name, "dropout_add_layer_norm_fwd")(x, 0 * x, weight, None, None, rng, dropout_p, 1e-5)
         bwd = kernel(name, "dropout_add_layer_norm_bwd")(
             dout, dsum, fwd[1], x, x, weight, None, weight, *fwd[2:], rng, dropout_p
         )
@@ -160,7 +158,9 @@ def test_programs_that_have_many_rows(ours, eager, names, dtype):
     """More rows than programs, and a last round that is not full: the gradients of parameters are long sums."""
 
     def make(g):
-        made = {name: normal(g, 203, 24) for name in (("input", "residual") if ours is add_norm else ("input",))}
+        made = {
+            name: normal(g, 203, 24) for name in (("input", "residual") if ours is add_norm else ("input",))
+        }
         return made | {name: normal(g, 24) for name in names}
 
     assert_contract(on_triton(ours), eager, make, dtype)
