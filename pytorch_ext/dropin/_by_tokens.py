@@ -159,7 +159,7 @@ def _dropped(x: Tensor, rate: float, mesh: DeviceMesh) -> Tensor:
     """
     seed = int(torch.randint(2**62, ())) + mesh.get_local_rank()
     generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.empty_like(x).bernoulli_(1.0 - rate, generator=generator)
+    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - rate, generator=generator)
     return x * keep * (1.0 / (1.0 - rate) if rate < 1.0 else 0.0)
 
 
