@@ -28,7 +28,7 @@ WORTHWHILE: dict[tuple[str, str], int] = {
     ("dropout_add_layer_norm", "cpu"): 2**14,
     ("gelu", "cpu"): 2**17,
     ("layer_norm", "cpu"): 2**18,
-    ("linear", "cpu"): 2**14,
+    ("linear", "cpu"): 2**11,
 }
 
 # In place of that where gradients are recorded, which costs twice: a forward of ours then lays its weight out anew.
