@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(S::THREADS)
                 add_product<T>(with_eight, gradient, pairs[d * 8 + lane % 4], pairs[d * 8 + 4 + lane % 4]);
             }
             // A lane's two columns of eight are those of two rows; its own row's is with one of the four that have it.
-            const float own = with_eight[2 * half + lane / 4 % 2];
+            const float own = lane / 4 % 2 ? with_eight[2 * half + 1] : with_eight[2 * half];
             deltas[m][half] = __shfl_sync(ALL_LANES, own, lane / 4 * 4 + lane / 8);
         }
 
