@@ -224,6 +224,17 @@ def test_every_dtype_of_what_works_row_by_row(monkeypatch):
     check_instructions(made.kernels)
 
 
+@pytest.mark.long
+def test_attention_in_float16(monkeypatch):
+    """The other gates compile it for bfloat16 alone."""
+    made = compiled_for("9.0", monkeypatch, "-DPYTORCH_EXT_ONLY_HEAD=64", stems=("attention",))
+    halves = [k for k in made.kernels if "Half" in k.instance]
+    assert {k.name for k in halves} == {name for name in plans() if name.startswith("attention")}
+    check_each(made.kernels)
+    check_instructions(made.kernels)
+    assert all("BF16" not in k.sass for k in halves), "products of float16 are products of float16"
+
+
 def test_a_plan_that_is_exceeded_is_seen(compiled):
     greedy = [k._replace(registers=k.registers + 200) for k in compiled.kernels[:1]] + compiled.kernels[1:]
     with pytest.raises(AssertionError, match="registers"):
