@@ -224,6 +224,10 @@ void begin_block(dim3 block, size_t shared_bytes) {
         fiber.state = State::ready;
         fiber.copies.clear();
         fiber.groups.clear();
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(fiber.stack,
+                                      STACK);  // the frames that the last one never returned from
+#endif
         fiber.context.begin(fiber.stack, run_thread);
     }
 }
@@ -413,7 +417,8 @@ void async_wait(int groups_left) {
         const size_t count = fiber.groups.front();
         for (size_t i = 0; i < count; ++i) {
             const Copy& copy = fiber.copies[i];
-            std::memcpy(copy.to, copy.from, copy.bytes);
+            if (copy.bytes > 0)
+                std::memcpy(copy.to, copy.from, copy.bytes);  // of nothing there is no address
             std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.filled - copy.bytes);
         }
         fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + count);

@@ -1,7 +1,6 @@
 """Lets the tests in tests/ops run the backend ``cuda`` on CPU tensors: `pytest -p plugin`, this folder on the path.
 
-Of what is collected, the tests of that backend are left. CUDA_HOST_STEMS names the files of csrc/cuda to load;
-with CUDA_HOST_SANITIZE what they read and write is watched.
+Of what is collected, the tests of that backend are left. CUDA_HOST_STEMS names the files of csrc/cuda to load.
 """
 
 import os
@@ -12,7 +11,7 @@ import build
 from pytorch_ext.backends import cuda
 
 for stem in os.environ["CUDA_HOST_STEMS"].split():
-    torch.ops.load_library(str(build.build(stem, sanitize=bool(os.environ.get("CUDA_HOST_SANITIZE")))))
+    torch.ops.load_library(str(build.build(stem)))
 loaded = cuda.table(build.NAMESPACE)
 cuda.kernels = lambda: loaded
 cuda.on_device = cuda.capability = lambda *_: []

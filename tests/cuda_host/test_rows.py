@@ -20,14 +20,13 @@ def run_op_tests(
 ) -> subprocess.CompletedProcess:
     """Runs tests/ops/test_<file>.py with the backend `cuda`, of which these stems are loaded."""
     paths = [f"tests/ops/test_{file}.py" for file in files]
-    environment = {"CUDA_HOST_STEMS": " ".join(stems), "PYTHONPATH": str(HERE)}
+    environment |= {"CUDA_HOST_STEMS": " ".join(stems), "PYTHONPATH": str(HERE)}
     return run_tests(paths, order, sources, "-p", "plugin", *arguments, **environment)
 
 
 def run_tests(paths, order, sources, *arguments, **environment) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
-        **environment,
         **({"CUDA_HOST_SOURCES": str(sources)} if sources else {}),
         "CUDA_HOST_ORDER": order,
         **environment,
@@ -53,6 +52,14 @@ def test_the_tests_of_a_layer(builder):
 
 
 @pytest.mark.long
+def test_the_tests_of_attention(builder):
+    """Those that a GPU runs too; on the CPU not all of its kernels are compiled, and few for float16."""
+    files = [f"every_op_{what}" for what in ("numerics", "layouts", "autograd", "autocast", "dropout")]
+    chosen = ("-m", "not full", "-k", "not torch.float16")
+    assert_passed(run_op_tests(("attention", "varlen_attention"), files, "descending", None, *chosen), 80)
+
+
+@pytest.mark.long
 def test_in_another_order(builder):
     """In every layout too, and far past 32 bits."""
     files = [*STEMS, "every_op_numerics", "every_op_layouts", "every_op_dropout"]
@@ -65,20 +72,74 @@ def test_compiled_and_differentiated(builder):
     assert_passed(run_op_tests(STEMS, files, "ascending"), 100)
 
 
-@pytest.mark.long
-def test_nothing_is_read_or_written_that_should_not_be(builder):
-    """Under the sanitizers of addresses and of undefined behaviour, which end the process at the first."""
-    stems = ("dropout_add_layer_norm", "embedding_layer_norm")
+@pytest.fixture
+def sanitized(builder) -> dict[str, str]:
+    """The environment in which the sanitizers of addresses and of undefined behaviour end the process at the first."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
     found = (subprocess.check_output([builder.compiler(), f"-print-file-name={name}"]) for name in names)
-    sanitized = {
+    return {
         "CUDA_HOST_SANITIZE": "1",
         # All have to be there before Python is. It does not free everything at its end.
         "LD_PRELOAD": ":".join(path.decode().strip() for path in found),
         "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTEST_ADDOPTS": "--capture=no",  # what is captured is lost with the process
     }
+
+
+@pytest.mark.long
+def test_nothing_is_read_or_written_that_should_not_be(sanitized):
+    stems = ("dropout_add_layer_norm", "embedding_layer_norm")
     done = run_op_tests(stems, [*stems, "every_op_layouts"], "shuffled", None, "-m", "not full", **sanitized)
     assert_passed(done, 60)
+
+
+VARLEN = ("-m", "not gpu", "-k", "varlen")
+
+
+@pytest.mark.long
+def test_attention_reads_and_writes_what_it_should(sanitized):
+    chosen = (
+        "dense and (short or one or wide or padding or holes) or regimes and offset or varlen or no_elements"
+    )
+    own = [HERE / "test_attention.py"]
+    assert_passed(run_tests(own, "shuffled", None, "-m", "not gpu", "-k", chosen, **sanitized), 18)
+
+
+# Accesses that change no result: the file, what is right and wrong there, and what is said.
+OUT_OF_BOUNDS = {
+    "outputs of queries that are not there": (
+        "attention_backward.cuh",
+        "out.at(at.sequence, at.head, there ? row : at.first_q)",
+        "out.at(at.sequence, at.head, row)",
+        "heap-buffer-overflow",
+    ),
+    "numbers behind shared memory": (
+        "attention_backward.cuh",
+        "= numbers(tile)[QUERIES + row];",
+        "= numbers(tile)[QUERIES + row] + 0.0f * numbers(tile)[4 * QUERIES + row];",
+        "use-after-poison",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("access", OUT_OF_BOUNDS)
+def test_an_access_out_of_bounds_is_caught(sanitized, access, tmp_path):
+    file, right, wrong, message = OUT_OF_BOUNDS[access]
+    sources = changed(tmp_path, file, right, wrong)
+    done = run_tests([HERE / "test_attention.py"], "shuffled", sources, "-x", *VARLEN, **sanitized)
+    assert done.returncode != 0 and message in done.stderr, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "attention_bwd" in done.stderr, "the report names the kernel"
+
+
+def changed(folder: Path, file: str, right: str, wrong: str) -> Path:
+    """A copy of csrc/cuda with something wrong in it."""
+    sources = folder / "cuda"
+    shutil.copytree(ROOT / "csrc" / "cuda", sources)
+    text = (sources / file).read_text()
+    assert text.count(right) == 1
+    (sources / file).write_text(text.replace(right, wrong))
+    return sources
 
 
 # Each is a mistake that is easily made: the stem to run, the file, what is right and what is wrong there.
@@ -123,15 +184,10 @@ OF_EACH_KIND = ("a bound one too far", "no barrier before a sum is read", "the o
     [pytest.param(fault, marks=[] if fault in OF_EACH_KIND else pytest.mark.long) for fault in FAULTS],
 )
 def test_a_planted_fault_is_caught(builder, fault, tmp_path):
-    stem, file, right, wrong = FAULTS[fault]
-    sources = tmp_path / "cuda"
-    shutil.copytree(ROOT / "csrc" / "cuda", sources)
-    text = (sources / file).read_text()
-    assert text.count(right) == 1
-    (sources / file).write_text(text.replace(right, wrong))
+    stem, *change = FAULTS[fault]
+    sources = changed(tmp_path, *change)
     if "attention" in stem:
-        own = HERE / "test_attention.py"
-        done = run_tests([own], "shuffled", sources, "-x", "-k", "varlen", "-m", "not gpu")
+        done = run_tests([HERE / "test_attention.py"], "shuffled", sources, "-x", *VARLEN)
     else:
         done = run_op_tests((stem,), [stem, "every_op_dropout"], "shuffled", sources, "-x")
     assert done.returncode == 1, done.stdout[-2000:]
