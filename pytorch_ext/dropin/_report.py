@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import backends
-from ..backends import BackendError, _auto
+from ..backends import BackendError, _auto, offered
 from . import _layouts
 from ._padding import last_forward
 from ._swap import Options, Rule, all_swapped, options_of, swapped
@@ -187,10 +187,14 @@ def _choices(
     asked = (options or options_of(module)).backend
     found = {}
     for op in ops:
-        if op not in backends._registry.ops():
-            continue  # moved by PyTorch's own index ops, whatever the backend
         with backends.use(asked or backends.requested()):
             name = backends.requested()
+            if (
+                op not in backends._registry.ops()
+            ):  # a whole layer; else index ops of PyTorch's, whatever the backend
+                if example and (only := offered(op, *example)):
+                    found[op] = (only, _why(op, name, asked, *example))
+                continue
             try:
                 found[op] = (backends.choose(op, *example), _why(op, name, asked, *example))
             except BackendError:

@@ -168,6 +168,14 @@ def test_why_a_backend_runs(make_pair, monkeypatch):
         _, fast = make_pair()
         (backend, why), *_ = choices(fast)
         assert backend == "cuda: cannot" and why
+    monkeypatch.setattr(backends._auto, "FASTEST", {("encoder_layer", "cpu"): "cpu"})
+    _, fast = make_pair()
+    found = choices(fast.float())
+    whole = (
+        {"encoder_layer"} if backends.offered("encoder_layer", torch.empty(0)) else None
+    )  # no other backend has it
+    assert found.get(("cpu", "the fastest measured here")) == whole
+    assert "encoder_layer" not in found["native", "as nothing faster has been proved on this device"]
     assert choices(nn.GELU()) == {}
     assert choices(pytorch_ext.optimize(nn.GELU())) == {
         ("native", "as no parameter tells the device"): {"gelu"}

@@ -26,7 +26,7 @@ def post_norm_rules(
     encoder_unfit: Unfit,
     layer_unfit: Unfit = lambda layer: None,
     layer_does: str = LAYER_FUSED,
-    layer_ops: tuple[str, ...] = LAYER_OPS,
+    layer_ops: tuple[str, ...] = (*LAYER_OPS, "encoder_layer"),
 ) -> list[Rule]:
     """For an encoder of post-norm layers: what each class is called in ``models``, and its stand-in in ``standins``."""
 

@@ -48,7 +48,7 @@ RULES = [
         "TransformerEncoderLayer",
         "FusedTransformerEncoderLayer",
         does=_FUSED,
-        ops=("linear", "varlen_attention", *_LAYER[1:]),
+        ops=("linear", "varlen_attention", *_LAYER[1:], "encoder_layer"),
     ),
     *_both(
         "transformer",
