@@ -88,9 +88,9 @@ def sanitized(builder) -> dict[str, str]:
 
 @pytest.mark.long
 def test_nothing_is_read_or_written_that_should_not_be(sanitized):
-    stems = ("dropout_add_layer_norm", "embedding_layer_norm")
-    done = run_op_tests(stems, [*stems, "every_op_layouts"], "shuffled", None, "-m", "not full", **sanitized)
-    assert_passed(done, 60)
+    files = ("dropout_add_layer_norm", "embedding_layer_norm", "every_op_layouts")
+    stems = (*files[:2], "layer_norm")  # which the first calls in backward
+    assert_passed(run_op_tests(stems, files, "shuffled", None, "-m", "not full", **sanitized), 90)
 
 
 VARLEN = ("-m", "not gpu", "-k", "varlen")
