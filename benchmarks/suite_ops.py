@@ -79,7 +79,11 @@ def _op(
         if one.failures:
             found.red.append(f"{where}: {one.name} DISAGREES: {'; '.join(one.failures)}; no time is shown")
         elif one.note:
-            found.note(f"left out: {one.name} for {case.op}: {one.note}")
+            nowhere = (
+                backends.why_not(one.backend, case.op) if one.backend else []
+            )  # on no tensor of any device
+            name, why = (one.name, "; ".join(nowhere)) if nowhere else (f"{one.name} for {case.op}", one.note)
+            found.note(f"left out: {name}: {why}")
     ours = {one.name for one in result.contenders if one.backend}
     for mode, timings in result.timings.items():
         cost = case.cost(mode, DTYPES[dtype])

@@ -22,8 +22,21 @@ def as_text(run: Run) -> str:
         body = [[f"{one['case']}: {one['contender']}", f"{one['bytes'] / 1e6:,.0f} MB"] for one in run.memory]
         parts += [table(["peak memory of a call", ""], body), ""]
     parts += [in_red(sentence) for sentence in run.red]
-    parts += [*run.notes, "A speed-up is the median over pairs of the baseline's time by the contender's."]
+    parts += [
+        *_gathered(run.notes),
+        "A speed-up is the median over pairs of the baseline's time by the contender's.",
+    ]
     return "\n".join(parts)
+
+
+def _gathered(notes: list[str]) -> list[str]:
+    """One line for all who were left out for the same reason."""
+    who: dict[str, list[str]] = {}
+    for note in notes:
+        head, *rest = note.split(": ", 2)
+        name, why = rest if head == "left out" and len(rest) == 2 else ("", note)
+        who.setdefault(why, []).append(name)
+    return [f"left out: {', '.join(names)}: {why}" if names[0] else why for why, names in who.items()]
 
 
 def summary(run: Run) -> str:

@@ -32,6 +32,7 @@ from pytorch_ext.benchmarks import (
     runs,
     suite_models,
     suite_ops,
+    suite_table,
     suites,
 )
 from pytorch_ext.commands.bench import bench
@@ -342,3 +343,15 @@ def test_on_a_gpu_each_op_has_its_kernels_timed_apart(tiny):
         each = 4 if "graph" in one.case else 1  # calls in a graph
         assert one.seconds == [1e-3 / each] * 4
     assert found.notes == ["left out: gelu 7 x 24, no grad, CUDA graph, native: RuntimeError: no graph here"]
+
+
+def test_who_was_left_out_for_one_reason_is_on_one_line():
+    notes = [
+        "left out: a: no GPU: none",
+        "left out: b for gelu: slow",
+        "something else",
+        "left out: c: no GPU: none",
+    ]
+    together = ["left out: a, c: no GPU: none", "left out: b for gelu: slow", "something else"]
+    run = dataclasses.replace(synthetic(0), notes=notes)
+    assert suite_table.as_text(run).splitlines()[-4:-1] == together
