@@ -66,7 +66,8 @@ class BertSelfAttention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, H, S, d), for as many heads as ``x`` has: with tensor parallelism a part of them"""
-        return x.view(*x.shape[:2], -1, self.attention_head_size).transpose(1, 2)
+        heads = x.shape[-1] // self.attention_head_size
+        return x.view(*x.shape[:2], heads, self.attention_head_size).transpose(1, 2)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
