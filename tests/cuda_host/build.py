@@ -29,7 +29,7 @@ FLAGS = [
     *("-Wall", "-Werror", "-Wno-unknown-pragmas"),
     *("-DPYTORCH_EXT_CUDA_HOST", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
 ]
-FAST = ["-O2", "-g1"]
+FAST = ["-O1", "-g1"]
 SANITIZED = [
     "-O1",
     "-g1",

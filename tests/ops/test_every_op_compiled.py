@@ -84,6 +84,7 @@ def test_inductor(case, kernel_backend, check_contract):
 
 
 test_inductor.cases = ONE_OF_EACH_OP
+test_inductor.full_in_interpreter = True
 
 
 def test_another_backend_is_compiled_anew(case, kernel_backend, inputs_of):
