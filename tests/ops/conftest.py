@@ -29,7 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def _cases() -> list:
     spec = importlib.util.spec_from_file_location("cases_of_ops", Path(__file__).with_name("cases.py"))
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # the compiler looks for it there
     spec.loader.exec_module(module)
     return module.CASES
 
