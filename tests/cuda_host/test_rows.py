@@ -96,13 +96,19 @@ def test_nothing_is_read_or_written_that_should_not_be(sanitized):
 VARLEN = ("-m", "not gpu", "-k", "varlen")
 
 
+OF_TILES = (
+    "dense and (short or one or wide or padding or holes) or regimes and offset or varlen or no_elements"
+)
+
+
 @pytest.mark.long
-def test_attention_reads_and_writes_what_it_should(sanitized):
-    chosen = (
-        "dense and (short or one or wide or padding or holes) or regimes and offset or varlen or no_elements"
-    )
-    own = [HERE / "test_attention.py"]
-    assert_passed(run_tests(own, "shuffled", None, "-m", "not gpu", "-k", chosen, **sanitized), 18)
+@pytest.mark.parametrize(
+    ("file", "chosen", "at_least"),
+    [("test_attention.py", OF_TILES, 18), ("test_attention_short.py", "not planted", 34)],
+)
+def test_attention_reads_and_writes_what_it_should(sanitized, file, chosen, at_least):
+    done = run_tests([HERE / file], "shuffled", None, "-m", "not gpu", "-k", chosen, **sanitized)
+    assert_passed(done, at_least)
 
 
 # Accesses that change no result: the file, what is right and wrong there, and what is said.
