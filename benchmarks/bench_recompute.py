@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pytorch_ext
+from pytorch_ext.models import BertConfig, BertForSequenceClassification
+from pytorch_ext.testing import padding_mask
+from pytorch_ext.training import recompute
 
-from ..models import BertConfig, BertForSequenceClassification
-from ..testing import padding_mask
-from ..training import recompute
 from . import timing
 
 WAYS = ("original", "all", "selective", "layers")
