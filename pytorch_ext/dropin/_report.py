@@ -189,9 +189,8 @@ def _choices(
     for op in ops:
         with backends.use(asked or backends.requested()):
             name = backends.requested()
-            if (
-                op not in backends._registry.ops()
-            ):  # a whole layer; else index ops of PyTorch's, whatever the backend
+            if op not in backends._registry.ops():
+                # A whole layer, which only some have; else index ops of PyTorch's, whatever the backend.
                 if example and (only := offered(op, *example)):
                     found[op] = (only, _why(op, name, asked, *example))
                 continue
