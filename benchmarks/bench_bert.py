@@ -108,22 +108,35 @@ def runner(model: nn.Module, case: Case) -> Callable[[Inputs], object]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
 
     def step(inputs: Inputs) -> None:
-        optimizer.zero_grad(set_to_none=True)
         with autocast(case):
             loss = model(**inputs).loss
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # at the end, so that the memory of a step holds its gradients
 
     return step
 
 
-def memory_probe(case: Case, name: str, threads: int) -> Callable[[], object]:
-    """For a fresh process: one contender, ready to run (see ``timing.peak_memory``)."""
+def memory_probe(case: Case, name: str, threads: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """For a fresh process: one contender, ready to run (see ``timing.peak_memory``), and how to warm it up.
+
+    One short sequence makes the layouts of weights, and the optimizer's state, and little scratch. What was compiled
+    for a shape, or captured for one, has to see the shape.
+    """
     torch.set_num_threads(threads)
     _, build = contenders(case)[name]
     run = runner(build(case, DROPOUT if case.training else 0.0), case)
     inputs = case.inputs()
-    return lambda: run(inputs)
+
+    def warm_up() -> None:
+        if case.device == "cpu":
+            run(
+                {name: tensor[:1, :8] if tensor.dim() == 2 else tensor[:1] for name, tensor in inputs.items()}
+            )
+        if case.device != "cpu" or torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+            run(inputs)
+
+    return warm_up, lambda: run(inputs)
 
 
 def prepare(case: Case, names: list[str], inputs: Inputs, progress: Progress) -> list[Row]:

@@ -308,17 +308,18 @@ _ONE_START = threading.Lock()  # the environment is the process's; several threa
 
 
 def peak_memory(
-    prepare: Callable[..., Callable[[], object]],
+    prepare: Callable[..., Callable[[], object] | tuple[Callable[[], object], Callable[[], object]]],
     *args: Any,
     device: torch.device | str = "cpu",
     timeout: float = 300.0,
 ) -> Memory | None:
     """Peak memory of one call of ``prepare(*args)()``, in a fresh process, after a warm-up call.
 
-    `prepare` is a top-level function (the new process imports it); its arguments can be pickled. None where
-    the system does not tell, and where the process fails. On a CPU it is the peak resident set minus the
-    resident set just before; the C allocator is told to give back at once what is freed, so that memory which
-    the warm-up left lying about cannot hide a need.
+    `prepare` is a top-level function (the new process imports it); its arguments can be pickled. It returns the
+    call, or a pair of a warm-up and the call: what a library keeps from one call to the next for its scratch is
+    found only behind a warm-up that needs less of it. None where the system does not tell, and where the
+    process fails. On a CPU it is the peak resident set minus the resident set just before; the C allocator is
+    told to give back at once what is freed, so that memory which the warm-up left lying about cannot hide a need.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -340,8 +341,9 @@ def peak_memory(
 def _measure_peak(sender: Any, device: str, prepare: Callable[..., Any], args: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     try:
-        call = prepare(*args)
-        call()
+        found = prepare(*args)
+        warm_up, call = found if isinstance(found, tuple) else (found, found)
+        warm_up()
         gc.collect()
         sender.send(_peak_on_gpu(call, device) if torch.device(device).type == "cuda" else _peak_on_cpu(call))
     except Exception:

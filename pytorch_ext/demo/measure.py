@@ -153,10 +153,14 @@ def removes_padding(model: Any, batch: Batch) -> bool:
 
 def memory_probe(
     name: str, setting: Setting, threads: int, inputs: dict[str, list[Any]]
-) -> Callable[[], object]:
-    """For a fresh process: one contender and one batch, ready to be run (see ``timing.peak_memory``)."""
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """For a fresh process: one contender and one batch, ready to be run (see ``timing.peak_memory``).
+
+    Warmed up with the beginning of one text, which makes the layouts of weights and little scratch.
+    """
     torch.set_num_threads(threads)
     model = build(name, setting)
     tensors = {key: torch.tensor(value, device=setting.device) for key, value in inputs.items()}
     batch = Batch(tensors, lengths=())
-    return lambda: embed(model, batch)
+    short = Batch({key: tensor[:1, :8] for key, tensor in tensors.items()}, lengths=())
+    return lambda: embed(model, short), lambda: embed(model, batch)

@@ -228,6 +228,14 @@ def prepare(megabytes):
         return kept * 2
     return run
 
+def prepare_what_keeps_its_scratch(megabytes):
+    scratch = {}
+    def run(megabytes):
+        if megabytes not in scratch:
+            scratch.clear()
+            scratch[megabytes] = torch.ones(megabytes * 1_000_000 // 4)
+    return lambda: run(1), lambda: run(megabytes)
+
 def broken():
     raise RuntimeError("no")
 """
@@ -250,6 +258,8 @@ def test_peak_memory_of_a_fresh_process(probe):
     memory = timing.peak_memory(probe.prepare, 100)
     assert memory.bytes == pytest.approx(200e6, rel=0.05)
     assert "fresh process" in memory.method
+    kept = timing.peak_memory(probe.prepare_what_keeps_its_scratch, 100)
+    assert kept.bytes == pytest.approx(100e6, rel=0.05)
 
 
 @pytest.mark.full

@@ -141,6 +141,7 @@ def test_a_fine_tuning_step_that_disagrees_is_not_timed(setting, made, monkeypat
 
 def test_memory_is_probed_by_a_function_that_a_fresh_process_can_make(setting, made):
     inputs = {name: tensor.tolist() for name, tensor in made.batch([0, 1]).inputs.items()}
-    call = measure.memory_probe(OURS, setting, torch.get_num_threads(), inputs)
+    warm_up, call = measure.memory_probe(OURS, setting, torch.get_num_threads(), inputs)
+    assert warm_up().shape == (1, 32)
     assert call().shape == (2, 32)
     assert isinstance(setting.folder, Path)
