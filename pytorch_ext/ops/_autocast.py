@@ -6,6 +6,8 @@ from torch import Tensor
 
 def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """For matrix products and attention: floating tensors in the active autocast dtype, float64 as it is."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors  # the usual case, in less time than looking for a device takes
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -98,7 +98,7 @@ def readable(value: Tensor) -> bool:
 def ids(name: str, value: Tensor, table_name: str, table: Tensor) -> None:
     """Integer ids on the device of ``table``."""
     tensor(name, value)
-    if value.dtype not in (torch.int64, torch.int32):
+    if value.dtype is not torch.int64 and value.dtype is not torch.int32:
         raise RuntimeError(f"{name}: expected dtype torch.int64 or torch.int32, got {value.dtype}")
     same_device(table_name, table, name, value)
 
@@ -107,7 +107,8 @@ def ids_within(name: str, value: Tensor, table_name: str, table: Tensor) -> None
     """Ids that are rows of ``table``; the values are read on the CPU alone, where that waits for nobody."""
     if not readable(value) or value.numel() == 0:
         return
-    least, greatest = (int(t) for t in value.aminmax())
+    least, greatest = value.aminmax()
+    least, greatest = least.item(), greatest.item()
     if least < 0 or greatest >= table.shape[0]:
         wrong = least if least < 0 else greatest
         raise IndexError(

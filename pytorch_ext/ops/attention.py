@@ -49,8 +49,11 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask.to(query.dtype)
     if scale is None:
         scale = max(query.shape[-1], 1) ** -0.5
-    leading = _leading(query, key, value)
-    q, k, v = (_four_dimensional(t, leading) for t in (query, key, value))
+    q, k, v = query, key, value
+    leading = query.shape[:-3]
+    if query.dim() != 4 or not leading == key.shape[:1] == value.shape[:1]:
+        leading = _leading(query, key, value)
+        q, k, v = (_four_dimensional(t, leading) for t in (query, key, value))
     mask = None if attn_mask is None else _mask_of_four(attn_mask, query.dim(), leading)
     rng = draw_rng(q) if dropout_p > 0.0 else None
     if wants_grad(q, k, v, mask):

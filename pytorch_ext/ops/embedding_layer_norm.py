@@ -118,11 +118,13 @@ def _check_table(
         there, missing = (f"{name}_ids", name) if table is None else (name, f"{name}_ids")
         raise ValueError(f"{missing}: expected a tensor beside {there}, got None")
     check.floating(name, table)
-    check.shape(name, table, (table.shape[0] if table.dim() else 0, word.shape[1]))
-    check.same_device("word", word, name, table)
-    if table.dtype != word.dtype:
+    if not check.fits(table, word, (*table.shape[:1], *word.shape[1:])):
+        check.shape(name, table, (table.shape[0] if table.dim() else 0, word.shape[1]))
+        check.same_device("word", word, name, table)
         check.same_dtype("word", word, name, table)
     check.ids(f"{name}_ids", ids, name, table)
+    if ids.shape == input_ids.shape:
+        return
     # By hand: torch.broadcast_shapes takes tens of microseconds.
     fits = ids.dim() <= input_ids.dim() and all(
         size in (1, wanted)
