@@ -1,6 +1,7 @@
 // Attention over dense batches: what comes from Python and goes back to it.
 
 #include "attention_call.h"
+#include "autograd.h"
 
 namespace pytorch_ext {
 namespace {
@@ -103,10 +104,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scaled_dot_product_attention_bwd(
     return {dquery, dkey, dvalue, dmask()};
 }
 
+Tensors attention_backward(const Backward& node) {
+    const auto& [saved, gradients, constants, wants] = node;
+    const bool need_dmask = wants(3);
+    const auto [dquery, dkey, dvalue, dmask] = scaled_dot_product_attention_bwd(
+        gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+        constants[0].toDouble(), constants[1].toBool(), constants[2].toDouble(), need_dmask);
+    return {dquery, dkey, dvalue, need_dmask ? dmask : Tensor()};
+}
+
+constexpr Formula FORMULA{"ScaledDotProductAttentionBackward", attention_backward};
+
+Tensor scaled_dot_product_attention_grad(const Tensor& query, const Tensor& key, const Tensor& value,
+                                         const OptionalTensor& attn_mask, const OptionalTensor& rng,
+                                         double dropout_p, bool is_causal, double scale) {
+    const auto [out, lse] = below_autograd([&] {
+        return scaled_dot_product_attention_fwd(query, key, value, attn_mask, rng, dropout_p, is_causal,
+                                                scale);
+    });
+    const Tensor mask = or_undefined(attn_mask);
+    record(FORMULA, {query, key, value, mask}, {out}, {query, key, value, mask, out, lse, or_undefined(rng)},
+           {dropout_p, is_causal, scale});
+    return out;
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("scaled_dot_product_attention_fwd", scaled_dot_product_attention_fwd, release());
     m.def("scaled_dot_product_attention_bwd", scaled_dot_product_attention_bwd, release());
+    m.def("scaled_dot_product_attention_grad", released(scaled_dot_product_attention_grad));
 });
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "autograd.h"
 #include "row_work.h"
 
 namespace pytorch_ext {
@@ -34,10 +35,25 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& dout, const Tensor& input
     return {dinput, sums.of(0, bias, dout)};
 }
 
+Tensors bias_gelu_backward(const Backward& node) {
+    const auto [dinput, dbias] =
+        bias_gelu_bwd(node.gradients[0], node.saved[0], node.saved[1], node.constants[0].toStringRef());
+    return {dinput, dbias};
+}
+
+constexpr Formula FORMULA{"BiasGeluBackward", bias_gelu_backward};
+
+Tensor bias_gelu_grad(const Tensor& input, const Tensor& bias, const std::string& approximate) {
+    const Tensor out = below_autograd([&] { return bias_gelu_fwd(input, bias, approximate); });
+    record(FORMULA, {input, bias}, {out}, {input, bias}, {approximate});
+    return out;
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("bias_gelu_fwd", bias_gelu_fwd, release());
     m.def("bias_gelu_bwd", bias_gelu_bwd, release());
+    m.def("bias_gelu_grad", released(bias_gelu_grad));
 });
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include "embedding_layer_norm.h"
 
+#include "autograd.h"
 #include "rng.h"
 #include "row_work.h"
 
@@ -39,12 +40,12 @@ struct Inputs {
 
     Inputs(const Tensor& input_ids, const OptionalTensor& token_type_ids, const OptionalTensor& position_ids,
            const Tensor& word_, const OptionalTensor& position_, const OptionalTensor& token_type_,
-           const OptionalTensor& rng, double dropout_p)
+           const std::optional<Dropout>& dropout_)
         : dtype(widest(word_, position_, token_type_)),
           word(word_, input_ids, input_ids.sizes(), dtype),
           token_type(token_type_, token_type_ids, input_ids.sizes(), dtype),
           position(position_, position_ids, input_ids.sizes(), dtype),
-          dropout(make_dropout(rng, dropout_p)),
+          dropout(dropout_),
           embeddings{word.data(),
                      token_type.data(),
                      position.data(),
@@ -57,16 +58,18 @@ struct Inputs {
     Inputs(const Inputs&) = delete;
 };
 
-std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
-    const Tensor& input_ids, const OptionalTensor& token_type_ids, const OptionalTensor& position_ids,
-    const Tensor& word, const OptionalTensor& position, const OptionalTensor& token_type,
-    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& rng, double dropout_p,
-    double eps) {
+// `mask` gets dropout's, where it is defined.
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_ids, const OptionalTensor& token_type_ids,
+                                           const OptionalTensor& position_ids, const Tensor& word,
+                                           const OptionalTensor& position, const OptionalTensor& token_type,
+                                           const Tensor& weight, const OptionalTensor& bias,
+                                           const std::optional<Dropout>& dropout, const Tensor& mask,
+                                           double eps) {
     const int64_t cols = word.size(1);
     auto shape = input_ids.sizes().vec();
     const Tensor mean = at::empty(shape, word.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
     shape.push_back(cols);
-    const Inputs inputs(input_ids, token_type_ids, position_ids, word, position, token_type, rng, dropout_p);
+    const Inputs inputs(input_ids, token_type_ids, position_ids, word, position, token_type, dropout);
     const Tensor out = at::empty(shape, word.options().dtype(inputs.dtype));
     const Tensor w = as_floats(weight), b = as_floats(bias);
     const EmbeddingLayerNorm a{inputs.embeddings,
@@ -75,6 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
                                rstd.mutable_data_ptr<float>(),
                                floats(w),
                                floats(b),
+                               mask.defined() ? mask.mutable_data_ptr<uint8_t>() : nullptr,
                                static_cast<float>(eps)};
     parallel_rows(mean.numel(), cols, [&](int64_t first, int64_t rows) {
         const std::unique_ptr<float[]> scratch(new float[cols]);
@@ -105,19 +109,25 @@ Tensor gradient_of(const OptionalTensor& table, const Lookup& lookup, const Tens
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
+// `mask` as forward wrote it, or undefined.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dout, const Tensor& input_ids, const OptionalTensor& token_type_ids,
     const OptionalTensor& position_ids, const Tensor& word, const OptionalTensor& position,
     const OptionalTensor& token_type, const Tensor& weight, const OptionalTensor& bias, const Tensor& mean,
-    const Tensor& rstd, const OptionalTensor& rng, double dropout_p, int64_t padding_idx) {
+    const Tensor& rstd, const std::optional<Dropout>& dropout, const Tensor& mask, int64_t padding_idx) {
     const int64_t cols = word.size(1);
-    const Inputs inputs(input_ids, token_type_ids, position_ids, word, position, token_type, rng, dropout_p);
+    const Inputs inputs(input_ids, token_type_ids, position_ids, word, position, token_type, dropout);
     const Tensor dy = dout.to(inputs.dtype).contiguous(), w = as_floats(weight);
     const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
     const Tensor dx = at::empty(dy.sizes(), dy.options().dtype(at::kFloat));
     const bool few_token_types = inputs.token_type.table.defined() && token_type->size(0) <= 8;
-    const EmbeddingLayerNormGradient a{inputs.embeddings, dy.const_data_ptr(), dx.mutable_data_ptr<float>(),
-                                       floats(means),     floats(rstds),       floats(w),
+    const EmbeddingLayerNormGradient a{inputs.embeddings,
+                                       dy.const_data_ptr(),
+                                       dx.mutable_data_ptr<float>(),
+                                       floats(means),
+                                       floats(rstds),
+                                       floats(w),
+                                       mask.defined() ? mask.const_data_ptr<uint8_t>() : nullptr,
                                        few_token_types};
     const RowSums sums(means.numel(), few_token_types ? 2 + token_type->size(0) : 2, cols);
     sums.add(8 * cols, [&](int64_t first, int64_t rows, float* partial, float* scratch) {
@@ -128,10 +138,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
             sums.of(0, weight, dout), sums.of(1, bias, dout)};
 }
 
+std::tuple<Tensor, Tensor, Tensor> embedding_layer_norm_fwd(
+    const Tensor& input_ids, const OptionalTensor& token_type_ids, const OptionalTensor& position_ids,
+    const Tensor& word, const OptionalTensor& position, const OptionalTensor& token_type,
+    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& rng, double dropout_p,
+    double eps) {
+    return forward(input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias,
+                   make_dropout(rng, dropout_p), Tensor(), eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> embedding_layer_norm_bwd(
+    const Tensor& dout, const Tensor& input_ids, const OptionalTensor& token_type_ids,
+    const OptionalTensor& position_ids, const Tensor& word, const OptionalTensor& position,
+    const OptionalTensor& token_type, const Tensor& weight, const OptionalTensor& bias, const Tensor& mean,
+    const Tensor& rstd, const OptionalTensor& rng, double dropout_p, int64_t padding_idx) {
+    return backward(dout, input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias,
+                    mean, rstd, make_dropout(rng, dropout_p), Tensor(), padding_idx);
+}
+
+// Dropout's mask is saved, a bit for each element, because to draw it again costs as much as the rest of backward.
+Tensors differentiate(const Backward& node) {
+    const auto& [saved, gradients, constants, wants] = node;
+    const Tensor &position = saved[4], &token_type = saved[5], &bias = saved[7], &mask = saved[10];
+    std::optional<Dropout> dropout;
+    if (mask.defined()) dropout = make_dropout(constants[0].toDouble());
+    const auto [dword, dposition, dtoken_type, dweight, dbias] =
+        backward(gradients[0], saved[0], saved[1], saved[2], saved[3], position, token_type, saved[6], bias,
+                 saved[8], saved[9], dropout, mask, constants[1].toInt());
+    return {dword, defined_like(position, dposition), defined_like(token_type, dtoken_type), dweight,
+            defined_like(bias, dbias)};
+}
+
+constexpr Formula FORMULA{"EmbeddingLayerNormBackward", differentiate};
+
+Tensor embedding_layer_norm_grad(const Tensor& input_ids, const OptionalTensor& token_type_ids,
+                                 const OptionalTensor& position_ids, const Tensor& word,
+                                 const OptionalTensor& position, const OptionalTensor& token_type,
+                                 const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& rng,
+                                 double dropout_p, double eps, int64_t padding_idx) {
+    const auto dropout = make_dropout(rng, dropout_p);
+    const Tensor mask =
+        dropout ? at::empty({input_ids.numel(), mask_bytes(word.size(1))}, at::kByte) : Tensor();
+    const auto [out, mean, rstd] = below_autograd([&] {
+        return forward(input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias,
+                       dropout, mask, eps);
+    });
+    const Tensor p = or_undefined(position), t = or_undefined(token_type), b = or_undefined(bias);
+    record(FORMULA, {word, p, t, weight, b}, {out},
+           {input_ids, or_undefined(token_type_ids), or_undefined(position_ids), word, p, t, weight, b, mean,
+            rstd, mask},
+           {dropout_p, padding_idx});
+    return out;
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("embedding_layer_norm_fwd", embedding_layer_norm_fwd, release());
     m.def("embedding_layer_norm_bwd", embedding_layer_norm_bwd, release());
+    m.def("embedding_layer_norm_grad", released(embedding_layer_norm_grad));
 });
 
 }  // namespace

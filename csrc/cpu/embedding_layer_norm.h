@@ -23,15 +23,17 @@ struct EmbeddingLayerNorm {
     void* out;                   // (rows, cols)
     float *mean, *rstd;          // (rows)
     const float *weight, *bias;  // (cols); bias may be null
+    unsigned char* mask;         // (rows, mask_bytes(cols)), to be written; null: not asked for
     float eps;
 };
 
 struct EmbeddingLayerNormGradient {
     Embeddings embeddings;
-    const void* dout;          // (rows, cols)
-    float* dx;                 // (rows, cols): of the sum of the embeddings
-    const float *mean, *rstd;  // (rows)
-    const float* weight;       // (cols)
+    const void* dout;           // (rows, cols)
+    float* dx;                  // (rows, cols): of the sum of the embeddings
+    const float *mean, *rstd;   // (rows)
+    const float* weight;        // (cols)
+    const unsigned char* mask;  // as forward wrote it; null: to be drawn again
     bool sums_token_types;
 };
 

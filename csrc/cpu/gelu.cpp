@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "autograd.h"
 #include "row_work.h"
 
 namespace pytorch_ext {
@@ -30,10 +31,23 @@ Tensor gelu_bwd(const Tensor& dout, const Tensor& input, const std::string& appr
     return dinput;
 }
 
+Tensors gelu_backward(const Backward& node) {
+    return {gelu_bwd(node.gradients[0], node.saved[0], node.constants[0].toStringRef())};
+}
+
+constexpr Formula FORMULA{"GeluBackward", gelu_backward};
+
+Tensor gelu_grad(const Tensor& input, const std::string& approximate) {
+    const Tensor out = below_autograd([&] { return gelu_fwd(input, approximate); });
+    record(FORMULA, {input}, {out}, {input}, {approximate});
+    return out;
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("gelu_fwd", gelu_fwd, release());
     m.def("gelu_bwd", gelu_bwd, release());
+    m.def("gelu_grad", released(gelu_grad));
 });
 
 }  // namespace

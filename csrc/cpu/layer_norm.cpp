@@ -2,6 +2,7 @@
 
 #include "layer_norm.h"
 
+#include "autograd.h"
 #include "row_work.h"
 
 namespace pytorch_ext {
@@ -32,6 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& input,
     return {out, mean, rstd};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, const Tensor& input,
                                                   const std::vector<int64_t>& normalized_shape,
                                                   const OptionalTensor& weight, const OptionalTensor& bias,
@@ -55,10 +58,33 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, const Tens
     return {dinput, sums.of(0, weight, dout), sums.of(1, bias, dout)};
 }
 
+namespace {
+
+Tensors layer_norm_backward(const Backward& node) {
+    const Tensor& input = node.saved[0];
+    const auto shape = input.sizes().slice(input.dim() - node.constants[0].toInt()).vec();
+    auto [dinput, dweight, dbias] = layer_norm_bwd(node.gradients[0], input, shape, node.saved[1],
+                                                   node.saved[2], node.saved[3], node.saved[4]);
+    return {dinput, defined_like(node.saved[1], dweight), defined_like(node.saved[2], dbias)};
+}
+
+constexpr Formula FORMULA{"LayerNormBackward", layer_norm_backward};
+
+Tensor layer_norm_grad(const Tensor& input, const std::vector<int64_t>& normalized_shape,
+                       const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+    const auto [out, mean, rstd] =
+        below_autograd([&] { return layer_norm_fwd(input, normalized_shape, weight, bias, eps); });
+    const Tensor w = or_undefined(weight), b = or_undefined(bias);
+    record(FORMULA, {input, w, b}, {out}, {input, w, b, mean, rstd},
+           {static_cast<int64_t>(normalized_shape.size())});
+    return out;
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("layer_norm_fwd", layer_norm_fwd, release());
     m.def("layer_norm_bwd", layer_norm_bwd, release());
+    m.def("layer_norm_grad", released(layer_norm_grad));
 });
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "autograd.h"
 #include "layouts.h"
 #include "pair_products.h"
 #include "product.h"
@@ -122,10 +123,29 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& 
     return {dinput, dweight, has_bias ? sums.to(bias->scalar_type()) : at::empty({0}, dout.options())};
 }
 
+Tensors linear_backward(const Backward& node) {
+    const Tensor& bias = node.saved[2];
+    const auto [dinput, dweight, dbias] = linear_bwd(node.gradients[0], node.saved[0], node.saved[1], bias,
+                                                     node.saved[3], node.constants[0].toStringRef());
+    return {dinput, dweight, defined_like(bias, dbias)};
+}
+
+constexpr Formula FORMULA{"LinearBackward", linear_backward};
+
+Tensor linear_grad(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                   const std::string& activation) {
+    const auto [out, preactivation] = below_autograd(
+        [&] { return linear_fwd(input, weight, bias, activation, activation != "none", false); });
+    const Tensor b = or_undefined(bias);
+    record(FORMULA, {input, weight, b}, {out}, {input, weight, b, preactivation}, {activation});
+    return out;
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("linear_fwd", linear_fwd, release());
     m.def("linear_bwd", linear_bwd, release());
+    m.def("linear_grad", released(linear_grad));
 });
 
 }  // namespace

@@ -82,18 +82,60 @@ inline void dropout_factors(float* out, ptrdiff_t n, uint32_t first, uint32_t mi
 // Zero where the factor is zero, also of what is infinite or no number.
 PX_INLINE F dropped(F x, F factor) { return factor > 0.0f ? x * factor : F{}; }
 
-// Of columns `first` to `first + n` of a row of a matrix.
-inline void row_factors(float* out, ptrdiff_t n, ptrdiff_t first, ptrdiff_t row, const Dropout& d) {
-    dropout_factors(out, n, (uint32_t)first, (uint32_t)row, (uint32_t)((uint64_t)row >> 32), d);
+// --- Of the rows of a matrix, by masks of bits (see dropout.h) ---
+
+// The lanes that are set, as the low W bits.
+PX_INLINE uint64_t lane_bits(I set) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)set);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)set);
+#elif defined(__SSE2__)
+    return (uint32_t)_mm_movemask_ps((__m128)set);
+#else
+    uint64_t found = 0;
+    for (int i = 0; i < W; ++i) found |= (uint64_t)(set[i] & 1) << i;
+    return found;
+#endif
 }
 
-// Calls `work(first, n, factors)` for parts of a row of `cols` columns, with room for their factors.
+// Of columns `first` to `first + n` of a row; first is a multiple of 64, and `mask` begins with its bit.
+inline void draw_mask(unsigned char* mask, ptrdiff_t n, ptrdiff_t first, ptrdiff_t row, const Dropout& d) {
+    const U threshold = U{} + (uint32_t)d.threshold;
+    const uint64_t any = d.threshold >> 32 ? 0 : ~0ull;  // is kept
+    for (ptrdiff_t i = 0; i < n; i += 4 * W) {
+        U words[4];
+        philox(words, ((uint32_t)first + (uint32_t)i) / 4, (uint32_t)row, (uint32_t)((uint64_t)row >> 32), d);
+        uint64_t found = 0;
+        for (int k = 0; k < 4; ++k) found |= lane_bits((I)(words[k] >= threshold)) << (k * W);
+        found &= any;
+        __builtin_memcpy(mask + i / 8, &found, W / 2);
+    }
+}
+
+// x * scale in columns i to i + W where the mask keeps them, and else 0, also of what is infinite or no number.
+PX_INLINE F dropped(F x, const unsigned char* mask, ptrdiff_t i, float scale) {
+    I bit;
+    for (int k = 0; k < W; ++k) bit[k] = 1 << k;
+    int bits = 0;
+    __builtin_memcpy(&bits, mask + i / 8, W < 8 ? 1 : W / 8);
+    if constexpr (W < 8) bits >>= i % 8;
+    return ((I{} + bits) & bit) != 0 ? x * scale : F{};
+}
+
+// Calls `work(first, n, mask)` for parts of a row of `cols` columns, with the mask that they get if there is dropout. It
+// is written to `kept`, where that is not null.
 template <class Work>
-inline void in_blocks(ptrdiff_t cols, const Work& work) {
+inline void in_blocks(ptrdiff_t row, ptrdiff_t cols, const Dropout* dropout, unsigned char* kept,
+                      const Work& work) {
     constexpr ptrdiff_t BLOCK = 1024;
-    float factors[BLOCK];
-    for (ptrdiff_t first = 0; first < cols; first += BLOCK)
-        work(first, cols - first < BLOCK ? cols - first : BLOCK, factors);
+    unsigned char own[mask_bytes(BLOCK)];
+    for (ptrdiff_t first = 0; first < cols; first += BLOCK) {
+        const ptrdiff_t n = cols - first < BLOCK ? cols - first : BLOCK;
+        unsigned char* const mask = kept ? kept + row * mask_bytes(cols) + first / 8 : own;
+        if (dropout) draw_mask(mask, n, first, row, *dropout);
+        work(first, n, mask);
+    }
 }
 
 }  // namespace pytorch_ext::PYTORCH_EXT_ISA

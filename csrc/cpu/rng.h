@@ -7,18 +7,21 @@
 
 namespace pytorch_ext {
 
-// rng: int64, (seed, offset). The threshold is rounded as Python's round() does, half to even.
-inline Dropout make_dropout(const Tensor& rng, double p) {
-    const Tensor words = rng.contiguous();
-    const auto* word = words.const_data_ptr<int64_t>();
-    return {static_cast<uint64_t>(word[0]), static_cast<uint32_t>(word[1]),
-            static_cast<uint64_t>(std::nearbyint(p * 4294967296.0)),
+// The threshold is rounded as Python's round() does, half to even.
+inline Dropout make_dropout(double p) {
+    return {0, 0, static_cast<uint64_t>(std::nearbyint(p * 4294967296.0)),
             p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
 }
 
+// rng: int64, (seed, offset); none where there is no dropout.
 inline std::optional<Dropout> make_dropout(const OptionalTensor& rng, double p) {
     if (!rng || !rng->defined()) return std::nullopt;
-    return make_dropout(*rng, p);
+    const Tensor words = rng->contiguous();
+    const auto* word = words.const_data_ptr<int64_t>();
+    Dropout dropout = make_dropout(p);
+    dropout.seed = static_cast<uint64_t>(word[0]);
+    dropout.offset = static_cast<uint32_t>(word[1]);
+    return dropout;
 }
 
 }  // namespace pytorch_ext

@@ -65,4 +65,10 @@ private:
     Tensor partial_;
 };
 
+// layer_norm's backward pass, in layer_norm.cpp.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dout, const Tensor& input,
+                                                  const std::vector<int64_t>& normalized_shape,
+                                                  const OptionalTensor& weight, const OptionalTensor& bias,
+                                                  const Tensor& mean, const Tensor& rstd);
+
 }  // namespace pytorch_ext

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "attention_call.h"
+#include "autograd.h"
 
 namespace pytorch_ext {
 namespace {
@@ -141,10 +142,35 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd(
     return {dquery, dkey, dvalue};
 }
 
+Tensors varlen_attention_backward(const Backward& node) {
+    const auto& [saved, gradients, constants, wants] = node;
+    const auto [dquery, dkey, dvalue] = varlen_attention_bwd(
+        gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], 0, 0, saved[7],
+        constants[0].toDouble(), constants[1].toBool(), constants[2].toDouble());
+    return {dquery, dkey, dvalue};
+}
+
+constexpr Formula FORMULA{"VarlenAttentionBackward", varlen_attention_backward};
+
+Tensor varlen_attention_grad(const Tensor& query, const Tensor& key, const Tensor& value,
+                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                             int64_t max_seqlen_k, const OptionalTensor& rng, double dropout_p,
+                             bool is_causal, double scale) {
+    const auto [out, lse] = below_autograd([&] {
+        return varlen_attention_fwd(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                    rng, dropout_p, is_causal, scale);
+    });
+    record(FORMULA, {query, key, value}, {out},
+           {query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, or_undefined(rng)},
+           {dropout_p, is_causal, scale});
+    return out;
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("varlen_attention_fwd", varlen_attention_fwd, release());
     m.def("varlen_attention_bwd", varlen_attention_bwd, release());
+    m.def("varlen_attention_grad", released(varlen_attention_grad));
 });
 
 }  // namespace

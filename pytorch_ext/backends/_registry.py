@@ -42,6 +42,12 @@ def kernel(name: str, kernel_name: str) -> Callable:
 
 
 @functools.cache
+def differentiable(name: str, op: str) -> Callable | None:
+    """What runs ``op`` in the backend ``name`` and differentiates it without Python's help; None if nothing does."""
+    return backend(name).kernels().get(f"{op}_grad")
+
+
+@functools.cache
 def ops() -> tuple[str, ...]:
     """Every op that there is: ``native`` can run them all."""
     return tuple(sorted(backend("native").kernels()))

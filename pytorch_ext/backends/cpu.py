@@ -24,7 +24,7 @@ ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")  # each holds those bef
 @functools.cache
 def kernels() -> dict[str, Callable]:
     found = vars(library()) if library() else {}
-    return {name: value for name, value in found.items() if name.endswith(("_fwd", "_bwd"))}
+    return {name: value for name, value in found.items() if name.endswith(("_fwd", "_bwd", "_grad"))}
 
 
 def why_not(op: str, *tensors: Tensor) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..backends import kernel
+from ..backends._registry import differentiable
 
 NAMESPACE = "pytorch_ext"
 # Arguments of these very types are nothing but what they seem: no subclass of Tensor stands for another.
@@ -62,18 +63,25 @@ def call(op: Callable, *args: Any) -> Any:
     """``op(*args)``, and where nobody looks on, straight to the kernel: the dispatcher costs as much as a small one."""
     if torch.compiler.is_compiling():
         return op(*args)
-    for value in args:
-        if type(value) not in PLAIN:
-            return op(*_sharded(args))
-    if (
+    if not _plain(args):
+        return op(*_sharded(args))
+    if _watched() or torch._C._is_any_autocast_enabled():
+        return op(*args)
+    return kernel(args[-1], _names[op])(*args[:-1])
+
+
+def _plain(args: tuple) -> bool:
+    return PLAIN.issuperset(map(type, args))
+
+
+def _watched() -> bool:
+    """Whether somebody looks on as ops run, or makes something else of them."""
+    return (
         torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or torch._C._is_any_autocast_enabled()
-    ):
-        return op(*args)
-    return kernel(args[-1], _names[op])(*args[:-1])
+    )
 
 
 def is_distributed(value: Any) -> bool:
@@ -95,10 +103,17 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, by a shorter way where nothing traces or transforms the call."""
+def apply(function: type[torch.autograd.Function], op: str, *args: Any) -> Any:
+    """``function.apply(*args)``, by a shorter way where nothing traces or transforms the call.
+
+    The shortest is a node of the backend's own for ``op``, ``<op>_grad``, which takes and returns what ``function``
+    does.
+    """
     if torch.compiler.is_compiling():
         return function.apply(*_distinct(args))
+    node = differentiable(args[-1], op)
+    if node is not None and _plain(args) and not _watched():
+        return node(*args[:-1])
     return super(torch.autograd.Function, function).apply(*args)
 
 

@@ -57,7 +57,19 @@ def scaled_dot_product_attention(
     mask = None if attn_mask is None else _mask_of_four(attn_mask, query.dim(), leading)
     rng = draw_rng(q) if dropout_p > 0.0 else None
     if wants_grad(q, k, v, mask):
-        out = apply(AttentionFunction, q, k, v, mask, rng, dropout_p, is_causal, scale, backend)
+        out = apply(
+            AttentionFunction,
+            "scaled_dot_product_attention",
+            q,
+            k,
+            v,
+            mask,
+            rng,
+            dropout_p,
+            is_causal,
+            scale,
+            backend,
+        )
     else:
         out, _ = call(
             scaled_dot_product_attention_fwd, q, k, v, mask, rng, dropout_p, is_causal, scale, backend

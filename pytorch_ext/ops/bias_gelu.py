@@ -30,7 +30,7 @@ def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     if backend == "native":
         return native(input, bias, approximate)
     if wants_grad(input, bias):
-        return apply(BiasGeluFunction, input, bias, approximate, backend)
+        return apply(BiasGeluFunction, "bias_gelu", input, bias, approximate, backend)
     return call(bias_gelu_fwd, input, bias, approximate, backend)
 
 

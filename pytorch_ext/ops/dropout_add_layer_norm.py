@@ -71,10 +71,8 @@ def dropout_add_layer_norm(
     input, residual, weight, bias, input_bias = raised(input, residual, weight, bias, input_bias)
     rng = draw_rng(input) if dropout_p > 0.0 else None
     if wants_grad(input, residual, weight, bias, input_bias):
-        function = DropoutAddLayerNormFunction
-        out, sum = apply(
-            function, input, residual, weight, bias, input_bias, rng, dropout_p, eps, prenorm, backend
-        )
+        inputs = (input, residual, weight, bias, input_bias, rng, dropout_p, eps, prenorm, backend)
+        out, sum = apply(DropoutAddLayerNormFunction, "dropout_add_layer_norm", *inputs)
     else:
         out, sum, _, _ = call(
             dropout_add_layer_norm_fwd,

@@ -97,7 +97,7 @@ def embedding_layer_norm(
     )
     if wants_grad(word, position, token_type, weight, bias):
         row = -1 if padding_idx is None else padding_idx % word.shape[0]
-        return apply(EmbeddingLayerNormFunction, *inputs, row, backend)
+        return apply(EmbeddingLayerNormFunction, "embedding_layer_norm", *inputs, row, backend)
     return call(embedding_layer_norm_fwd, *inputs, backend)[0]
 
 
@@ -190,9 +190,7 @@ class EmbeddingLayerNormFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dout):
-        _, _, _, word, position, token_type, weight, bias, *_ = ctx.saved_tensors
-        gradients = call(
-            embedding_layer_norm_bwd, dout, *ctx.saved_tensors, ctx.dropout_p, ctx.padding_idx, ctx.backend
-        )
-        of = (word, position, token_type, weight, bias)
-        return None, None, None, *map(none_if_absent, gradients, of), None, None, None, None, None
+        saved = ctx.saved_tensors
+        gradients = call(embedding_layer_norm_bwd, dout, *saved, ctx.dropout_p, ctx.padding_idx, ctx.backend)
+        inputs = saved[3:8]  # that have gradients
+        return None, None, None, *map(none_if_absent, gradients, inputs), None, None, None, None, None

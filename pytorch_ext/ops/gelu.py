@@ -25,7 +25,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     if backend == "native":
         return native(input, approximate)
     if wants_grad(input):
-        return apply(GeluFunction, input, approximate, backend)
+        return apply(GeluFunction, "gelu", input, approximate, backend)
     return call(gelu_fwd, input, approximate, backend)
 
 

@@ -53,7 +53,7 @@ def layer_norm(
         return native(input, shape, weight, bias, eps)
     input, weight, bias = raised(input, weight, bias)
     if wants_grad(input, weight, bias):
-        return apply(LayerNormFunction, input, list(shape), weight, bias, eps, backend)
+        return apply(LayerNormFunction, "layer_norm", input, list(shape), weight, bias, eps, backend)
     return call(layer_norm_fwd, input, list(shape), weight, bias, eps, backend)[0]
 
 

@@ -44,7 +44,7 @@ def linear(
         return native(input, weight, bias, activation)
     input, weight, bias = lowered(input, weight, bias)
     if wants_grad(input, weight, bias):
-        return apply(LinearFunction, input, weight, bias, activation or "none", backend)
+        return apply(LinearFunction, "linear", input, weight, bias, activation or "none", backend)
     return call(linear_fwd, input, weight, bias, activation or "none", False, True, backend)[0]
 
 

@@ -60,8 +60,8 @@ def varlen_attention(
         scale = max(query.shape[-1], 1) ** -0.5
     rng = draw_rng(query) if dropout_p > 0.0 else None
     if wants_grad(query, key, value):
-        function = VarlenAttentionFunction
-        return apply(function, query, key, value, *lengths, rng, dropout_p, is_causal, scale, backend)
+        inputs = (query, key, value, *lengths, rng, dropout_p, is_causal, scale, backend)
+        return apply(VarlenAttentionFunction, "varlen_attention", *inputs)
     return call(varlen_attention_fwd, query, key, value, *lengths, rng, dropout_p, is_causal, scale, backend)[
         0
     ]

@@ -11,15 +11,15 @@ template <class In, class Residual, class Out>
 inline float add_row(const DropoutAddLayerNorm& a, ptrdiff_t row) {
     const ptrdiff_t at = row * a.cols;
     Sums sums;
-    in_blocks(a.cols, [&](ptrdiff_t block, ptrdiff_t n, float* factors) {
+    const float scale = a.dropout ? a.dropout->scale : 0.0f;
+    in_blocks(row, a.cols, a.dropout, a.mask, [&](ptrdiff_t block, ptrdiff_t n, const unsigned char* mask) {
         const In* const input = (const In*)a.input + at + block;
         const Residual* const residual = (const Residual*)a.residual + at + block;
         Out* const sum = (Out*)a.sum + at + block;
-        if (a.dropout) row_factors(factors, n, block, row, *a.dropout);
         along(n, [&](ptrdiff_t i, auto lanes, int k) PX_LAMBDA {
             F x = load(input + i, lanes);
             if (a.input_bias) x = x + load(a.input_bias + block + i, lanes);
-            if (a.dropout) x = dropped(x, load(factors + i, lanes));
+            if (a.dropout) x = dropped(x, mask, i, scale);
             x = load(residual + i, lanes) + x;
             store(sum + i, x, lanes);
             sums.of[k] += x;
@@ -47,7 +47,9 @@ inline void forward(const DropoutAddLayerNorm& a, ptrdiff_t first, ptrdiff_t row
 
 template <class In, class Residual, class Out>
 inline void backward(const DropoutAddLayerNormGradient& a, ptrdiff_t first, ptrdiff_t rows, float* sums,
-                     float* factors) {
+                     unsigned char* scratch) {
+    const ptrdiff_t stride = mask_bytes(a.cols);
+    const float scale = a.dropout ? a.dropout->scale : 0.0f;
     float* const dinput_bias = sums + 2 * a.cols;
     by_fours(first, rows, [&](ptrdiff_t row, auto count) {
         constexpr int ROWS = decltype(count)::COUNT;
@@ -55,8 +57,9 @@ inline void backward(const DropoutAddLayerNormGradient& a, ptrdiff_t first, ptrd
         const Out* const dsum = a.dsum ? (const Out*)a.dsum + at : nullptr;
         In* const dinput = (In*)a.dinput + at;
         Residual* const dresidual = (Residual*)a.dresidual + at;
-        if (a.dropout)
-            for (int r = 0; r < ROWS; ++r) row_factors(factors + r * a.cols, a.cols, 0, row + r, *a.dropout);
+        if (a.dropout && !a.mask)
+            for (int r = 0; r < ROWS; ++r) draw_mask(scratch + r * stride, a.cols, 0, row + r, *a.dropout);
+        const unsigned char* const mask = a.mask ? a.mask + row * stride : scratch;
         const auto use = [&](ptrdiff_t i, auto lanes, const F(&dx)[ROWS]) PX_LAMBDA {
             F total{};
 #pragma GCC unroll 4
@@ -65,7 +68,7 @@ inline void backward(const DropoutAddLayerNormGradient& a, ptrdiff_t first, ptrd
                 F d = dx[r];
                 if (dsum) d = d + load(dsum + to, lanes);
                 store(dresidual + to, d, lanes);
-                if (a.dropout) d = dropped(d, load(factors + to, lanes));
+                if (a.dropout) d = dropped(d, mask + r * stride, i, scale);
                 store(dinput + to, d, lanes);
                 total += d;
             }
@@ -94,7 +97,7 @@ void dropout_add_layer_norm_rows(const DropoutAddLayerNorm& a, ptrdiff_t first, 
 }
 
 void dropout_add_layer_norm_gradient(const DropoutAddLayerNormGradient& a, ptrdiff_t first, ptrdiff_t rows,
-                                     float* sums, float* scratch) {
+                                     float* sums, unsigned char* scratch) {
     visit_types(a, [&](auto* input, auto* residual, auto* out) {
         backward<PX_TYPE(input), PX_TYPE(residual), PX_TYPE(out)>(a, first, rows, sums, scratch);
     });

@@ -30,13 +30,13 @@ inline void forward_row(const EmbeddingLayerNorm& a, ptrdiff_t row, float* x) {
     const Moments m = moments(x, e.cols, add_embeddings<T>(e, row, x) / (float)e.cols, a.eps);
     a.mean[row] = m.mean;
     a.rstd[row] = m.rstd;
-    in_blocks(e.cols, [&](ptrdiff_t block, ptrdiff_t n, float* factors) {
-        if (e.dropout) row_factors(factors, n, block, row, *e.dropout);
+    const float scale = e.dropout ? e.dropout->scale : 0.0f;
+    in_blocks(row, e.cols, e.dropout, a.mask, [&](ptrdiff_t block, ptrdiff_t n, const unsigned char* mask) {
         T* const out = (T*)a.out + row * e.cols + block;
         along(n, [&](ptrdiff_t i, auto lanes, int) PX_LAMBDA {
             F y =
                 scaled_and_shifted(x_hat(load(x + block + i, lanes), m), a.weight, a.bias, block + i, lanes);
-            if (e.dropout) y = dropped(y, load(factors + i, lanes));
+            if (e.dropout) y = dropped(y, mask, i, scale);
             store(out + i, y, lanes);
         });
     });
@@ -46,14 +46,17 @@ inline void forward_row(const EmbeddingLayerNorm& a, ptrdiff_t row, float* x) {
 template <class T>
 inline void undrop(const EmbeddingLayerNormGradient& a, ptrdiff_t row, float* out) {
     const Embeddings& e = a.embeddings;
-    in_blocks(e.cols, [&](ptrdiff_t block, ptrdiff_t n, float* factors) {
-        if (e.dropout) row_factors(factors, n, block, row, *e.dropout);
-        const T* const dout = (const T*)a.dout + row * e.cols + block;
+    const T* const dout = (const T*)a.dout + row * e.cols;
+    if (!e.dropout)
+        return along(e.cols, [&](ptrdiff_t i, auto lanes, int)
+                                 PX_LAMBDA { store(out + i, load(dout + i, lanes), lanes); });
+    const auto undrop_part = [&](ptrdiff_t first, ptrdiff_t n, const unsigned char* mask) {
         along(n, [&](ptrdiff_t i, auto lanes, int) PX_LAMBDA {
-            const F y = load(dout + i, lanes);
-            store(out + block + i, e.dropout ? dropped(y, load(factors + i, lanes)) : y, lanes);
+            store(out + first + i, dropped(load(dout + first + i, lanes), mask, i, e.dropout->scale), lanes);
         });
-    });
+    };
+    if (a.mask) return undrop_part(0, e.cols, a.mask + row * mask_bytes(e.cols));
+    in_blocks(row, e.cols, e.dropout, nullptr, undrop_part);
 }
 
 inline void add(float* sums, const float* x, ptrdiff_t n) {
