@@ -67,7 +67,7 @@ struct FloatEngine {
                          bool accumulate) {
         for (ptrdiff_t p = 0; p < k; p += LONGEST_TILE_SUM) {
             const ptrdiff_t part = k - p < LONGEST_TILE_SUM ? k - p : LONGEST_TILE_SUM;
-            multiply_strided<true>(a + p, lda, 1, b + p * NR, packed_k * NR, m, n, part, c, ldc,
+            multiply_strided<true>(a + p, lda, MR * lda, b + p * NR, packed_k * NR, m, n, part, c, ldc,
                                    accumulate || p > 0);
         }
     }
@@ -77,7 +77,7 @@ struct FloatEngine {
                                     ptrdiff_t ldc, bool accumulate) {
         for (ptrdiff_t p = 0; p < k; p += LONGEST_TILE_SUM) {
             const ptrdiff_t part = k - p < LONGEST_TILE_SUM ? k - p : LONGEST_TILE_SUM;
-            multiply_strided<false>(a + p * lda, 1, lda, b + p * NR, packed_k * NR, m, n, part, c, ldc,
+            multiply_strided<false>(a + p * lda, lda, MR, b + p * NR, packed_k * NR, m, n, part, c, ldc,
                                     accumulate || p > 0);
         }
     }

@@ -19,16 +19,11 @@ Activation activation_of(const std::string& name) {
     return Activation::gelu_tanh;
 }
 
-namespace {
-
-Tensor lay_out(const Tensor& weight, bool keep) {
-    return lay_out_right(transposed(matrix_of(weight.contiguous())), weight.size(1), weight.size(0), keep);
-}
-
-}  // namespace
-
 Tensor laid_out_for_inference(const Tensor& weight) {
-    return laid_out(weight, [&] { return lay_out(weight, true); });
+    return laid_out(weight, [&] {
+        return lay_out_right(transposed(matrix_of(weight.contiguous())), weight.size(1), weight.size(0),
+                             true);
+    });
 }
 
 namespace {
@@ -48,12 +43,16 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& input, const Tensor& weight,
     if (out.numel() == 0) return {out, preactivation};
 
     const Tensor x = input.contiguous(), bias_floats = as_floats(bias);
-    const Tensor panels = frozen ? laid_out_for_inference(weight) : lay_out(weight, false);
     Epilogue epilogue = epilogue_to(out, n);
     epilogue.bias = floats(bias_floats);
     epilogue.activation = activation_of(activation);
     if (keep_preactivation) epilogue.preactivation = preactivation.mutable_data_ptr();
-    multiply({x.const_data_ptr(), dtype_of(x), k, 1}, panels, out.numel() / n, n, k, epilogue);
+    const Matrix left{x.const_data_ptr(), dtype_of(x), k, 1};
+    const int64_t m = out.numel() / n;
+    if (frozen)
+        multiply(left, laid_out_for_inference(weight), m, n, k, epilogue);
+    else
+        multiply_once(left, transposed(matrix_of(weight.contiguous())), m, n, k, epilogue);
     return {out, preactivation};
 }
 
@@ -108,17 +107,32 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& 
                 has_bias ? at::zeros({n}, bias->options()) : at::empty({0}, dout.options())};
     const int64_t m = dout.numel() / n;
     const Tensor x = input.contiguous().view({m, k}), dy = dout.contiguous().view({m, n});
-    const auto [dz, sums] = gradient_of_sums(dy, preactivation, activation_of(activation), has_bias);
+    const Activation kind = activation_of(activation);
+    // Where the gradient is one of the products' matrices as it is, the second of them sums it up on its way. (Of one
+    // column it lies in rows, and without columns of x there is no product.)
+    const bool on_the_way =
+        has_bias && kind == Activation::none && n > 1 && k > 0 && !multiplies_pairs(dtype_of(dout));
+    auto [dz, sums] = gradient_of_sums(dy, preactivation, kind, has_bias && !on_the_way);
+    if (on_the_way) sums = at::zeros({n}, dout.options().dtype(at::kFloat));
+    float* const left_sums = on_the_way ? sums.mutable_data_ptr<float>() : nullptr;
 
-    const Tensor rows = lay_out_right(matrix_of(weight.contiguous()), n, k, false);
-    multiply(matrix_of(dz), rows, m, k, n, epilogue_to(dinput, k));
-
-    const Tensor inputs = lay_out_right(matrix_of(x), m, k, false);
-    if (on_tiles(dtype_of(dz))) {
-        const Tensor columns = transposed_for_tiles(dz);
-        multiply(matrix_of(columns), inputs, n, k, round_up(m, TILE), epilogue_to(dweight, k));
+    const Tensor w = weight.contiguous();
+    const Matrix rows = matrix_of(dz), columns = transposed(rows);
+    const ProductOnce dinputs(rows, matrix_of(w), m, k, n, epilogue_to(dinput, k)),
+        dweights(columns, matrix_of(x), n, k, m, epilogue_to(dweight, k), left_sums);
+    if (dinputs.is_worth_it() && dweights.is_worth_it()) {
+        parallel_items(dinputs.items() + dweights.items(), [&](int64_t item) {
+            item < dweights.items() ? dweights.run(item) : dinputs.run(item - dweights.items());
+        });
     } else {
-        multiply(transposed(matrix_of(dz)), inputs, n, k, m, epilogue_to(dweight, k));
+        multiply(rows, lay_out_right(matrix_of(w), n, k, false), m, k, n, epilogue_to(dinput, k));
+        const Tensor inputs = lay_out_right(matrix_of(x), m, k, false);
+        if (on_tiles(rows.dtype)) {
+            const Tensor turned = transposed_for_tiles(dz);
+            multiply(matrix_of(turned), inputs, n, k, round_up(m, TILE), epilogue_to(dweight, k));
+        } else {
+            multiply(columns, inputs, n, k, m, epilogue_to(dweight, k), left_sums);
+        }
     }
     return {dinput, dweight, has_bias ? sums.to(bias->scalar_type()) : at::empty({0}, dout.options())};
 }

@@ -35,14 +35,24 @@ struct Product {
     Dtype right_dtype;
     ptrdiff_t m, n, k;
     Epilogue epilogue;
+    float* left_sums;  // to which a transposed left matrix adds the sums of its rows, once; or null
 };
 
 // Rows i to i + rows and columns j to j + cols of a product, j a multiple of PANEL_STEP. At most BLOCK_ROWS and
 // BLOCK_COLS; `scratch` has BLOCK_SCRATCH floats.
 constexpr ptrdiff_t BLOCK_ROWS = 96, BLOCK_COLS = 512, BLOCK_K = 384, PANEL_STEP = 32;
-constexpr ptrdiff_t BLOCK_SCRATCH = BLOCK_ROWS * BLOCK_COLS + BLOCK_ROWS * BLOCK_K + BLOCK_K * PANEL_STEP;
+constexpr ptrdiff_t BLOCK_LEFT = BLOCK_ROWS * (BLOCK_K + 8);  // a copy of the left matrix
+constexpr ptrdiff_t BLOCK_SCRATCH = BLOCK_ROWS * BLOCK_COLS + BLOCK_LEFT + BLOCK_K * PANEL_STEP;
 PYTORCH_EXT_KERNEL(product_block, const Product& product, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t j,
                    ptrdiff_t cols, float* scratch)
+
+// The same of any number of rows, of a right matrix that is not laid out yet: BLOCK_K of its rows are at a time.
+// `scratch` has once_scratch floats.
+PYTORCH_EXT_KERNEL(product_once, const Product& product, const Matrix& right, ptrdiff_t i, ptrdiff_t rows,
+                   ptrdiff_t j, ptrdiff_t cols, float* scratch)
+constexpr ptrdiff_t once_scratch(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t k) {
+    return BLOCK_LEFT + (BLOCK_K + (k > BLOCK_K ? rows : BLOCK_ROWS)) * (cols + PANEL_STEP);
+}
 
 // Lays columns j to j + cols of right[k][n] out in panels of `dtype`: float, or the matrix's own.
 PYTORCH_EXT_KERNEL(lay_out_panels, void* panels, Dtype dtype, const Matrix& right, ptrdiff_t k, ptrdiff_t n,

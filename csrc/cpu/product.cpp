@@ -117,10 +117,46 @@ Tensor lay_out_right(const Matrix& right, int64_t k, int64_t n, bool keep) {
     return layout;
 }
 
-void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int64_t k,
-              const Epilogue& epilogue) {
+ProductOnce::ProductOnce(const Matrix& left, const Matrix& right, int64_t m, int64_t n, int64_t k,
+                         const Epilogue& epilogue, float* left_sums)
+    : product_{left, nullptr, Dtype::float32, m, n, k, epilogue, left_sums}, right_(right) {
     if (m == 0 || n == 0) return;
-    const Product product{left, right.const_data_ptr(), dtype_of(right), m, n, k, epilogue};
+    // So many columns of BLOCK_K rows fill half of a second cache of 512 KB. A transposed left matrix is copied for every
+    // item, which costs more than reading the columns from the third.
+    const int64_t most = left.col == 1 ? 192 : BLOCK_COLS, threads = at::get_num_threads();
+    across_ = round_up(ceil_div(n, most), threads);  // as many for each
+    cols_ = round_up(ceil_div(n, across_), PANEL_STEP);
+    across_ = ceil_div(n, cols_);
+    // Laying out takes as long as multiplying with some ten rows, and sums of all rows are kept.
+    constexpr int64_t FEW = 4 * BLOCK_ROWS, MANY = 4096;
+    down_ = std::max(ceil_div(m, MANY), std::min(threads / across_, ceil_div(m, FEW)));
+    rows_ = round_up(ceil_div(m, down_), BLOCK_ROWS);
+    down_ = ceil_div(m, rows_);
+}
+
+bool ProductOnce::is_worth_it() const {
+    return !multiplies_pairs(product_.left.dtype) && product_.k > 0 && items() >= at::get_num_threads();
+}
+
+void ProductOnce::run(int64_t item) const {
+    const int64_t j = item % across_ * cols_, i = item / across_ * rows_;
+    const int64_t cols = std::min(cols_, product_.n - j), rows = std::min(rows_, product_.m - i);
+    PYTORCH_EXT_CALL(product_once, product_, right_, i, rows, j, cols,
+                     thread_scratch(once_scratch(rows, cols, product_.k)));
+}
+
+void multiply_once(const Matrix& left, const Matrix& right, int64_t m, int64_t n, int64_t k,
+                   const Epilogue& epilogue) {
+    if (m == 0 || n == 0) return;
+    const ProductOnce product(left, right, m, n, k, epilogue);
+    if (!product.is_worth_it()) return multiply(left, lay_out_right(right, k, n, false), m, n, k, epilogue);
+    parallel_items(product.items(), [&](int64_t item) { product.run(item); });
+}
+
+void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int64_t k,
+              const Epilogue& epilogue, float* left_sums) {
+    if (m == 0 || n == 0) return;
+    const Product product{left, right.const_data_ptr(), dtype_of(right), m, n, k, epilogue, left_sums};
     const bool tiles = on_tiles(left.dtype) && k > 0, dots = !tiles && multiplies_pairs(left.dtype) && k > 0;
     const size_t needed = tiles  ? BLOCK_ROWS * BLOCK_COLS + TILE * round_up(k, TILE) / 2
                           : dots ? BLOCK_ROWS * BLOCK_COLS + BLOCK_ROWS * PAIR_DEPTH / 2

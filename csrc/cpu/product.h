@@ -21,9 +21,32 @@ Tensor laid_out_for_inference(const Tensor& weight);
 Activation activation_of(const std::string& name);
 
 // left[m][k] right[k][n] with its epilogue, `right` from lay_out_right. On tiles (see pair_products.h) the left matrix has
-// to lie in rows.
+// to lie in rows. For `left_sums` see Product.
 void multiply(const Matrix& left, const Tensor& right, int64_t m, int64_t n, int64_t k,
-              const Epilogue& epilogue);
+              const Epilogue& epilogue, float* left_sums = nullptr);
+
+// A product whose right matrix is used this once, as it is, cut into items that need nothing of each other: each lays the
+// columns out that it is about to multiply with, which then lie in its own thread's cache.
+class ProductOnce {
+public:
+    ProductOnce(const Matrix& left, const Matrix& right, int64_t m, int64_t n, int64_t k,
+                const Epilogue& epilogue, float* left_sums = nullptr);
+
+    int64_t items() const { return across_ * down_; }
+    void run(int64_t item) const;
+
+    // Where it is not worth it one `multiply` is: for elements that are multiplied in pairs, and for more threads than
+    // items.
+    bool is_worth_it() const;
+
+private:
+    Product product_;  // all of it, but for the right matrix laid out
+    Matrix right_;
+    int64_t cols_ = 0, rows_ = 0, across_ = 0, down_ = 0;  // of an item; how many items
+};
+
+void multiply_once(const Matrix& left, const Matrix& right, int64_t m, int64_t n, int64_t k,
+                   const Epilogue& epilogue);
 
 // A tensor of two dimensions, contiguous, as a matrix or as its transpose.
 Matrix matrix_of(const Tensor& t);

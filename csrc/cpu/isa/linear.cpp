@@ -9,6 +9,8 @@ namespace {
 
 static_assert(PANEL_STEP % NR == 0 && BLOCK_ROWS % MR == 0 && BLOCK_K == LONGEST_SUM);
 
+PX_INLINE ptrdiff_t least(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
 template <Activation ACTIVATION>
 PX_INLINE F activate(F x) {
     if (ACTIVATION == Activation::relu) return x < 0.0f ? F{} : x;  // NaN stays NaN
@@ -81,32 +83,79 @@ void widen(float* to, const T* from, ptrdiff_t n) {
                 [&](ptrdiff_t c, ptrdiff_t lanes) { store_some(to + c, load_some(from + c, lanes), lanes); });
 }
 
-// The left block as float: rows i to i + rows of the columns k to k + depth. What already lies as it should is not
-// copied; a transposed matrix stays transposed, but loses a stride whose powers of two would meet in one cache set.
-Matrix left_block(const Matrix& left, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t k, ptrdiff_t depth,
-                  float* copy) {
-    const bool transposed = left.col != 1;
-    Matrix block{copy, Dtype::float32, transposed ? 1 : depth, transposed ? rows : 1};
+// Rows of the left matrix as the product reads them: in rows, or tile by tile (see multiply_strided).
+struct LeftBlock {
+    const float* data;
+    ptrdiff_t stride, tile;
+    bool in_rows;
+};
+
+// What a vector may write behind the last element of a tile lies before the next one.
+constexpr ptrdiff_t tile_size(ptrdiff_t depth) { return MR * depth + W; }
+static_assert(BLOCK_ROWS / MR * tile_size(BLOCK_K) <= BLOCK_LEFT);
+
+// copy[tile][p][MR] of from[p][rows], lines `line` elements apart, behind which `behind` more may be read. Left as they
+// are the lines of one tile would fill the first cache, of which they use little.
+template <class T>
+void copy_tiles(float* copy, const T* from, ptrdiff_t line, ptrdiff_t rows, ptrdiff_t behind,
+                ptrdiff_t depth) {
+    constexpr ptrdiff_t AHEAD = 8;  // lines; too few neighbours for the processor to guess what comes next
+    for (ptrdiff_t p = 0; p < depth; ++p, from += line, copy += MR) {
+        for (ptrdiff_t r = 0; r < rows; r += 64 / (ptrdiff_t)sizeof(T))
+            __builtin_prefetch(from + AHEAD * line + r);
+        float* to = copy;
+        for (ptrdiff_t r = 0; r < rows; r += MR, to += tile_size(depth))
+            for (ptrdiff_t c = 0; c < MR; c += W) {
+                const ptrdiff_t lanes = rows + behind - r - c;
+                if (lanes > 0) store(to + c, lanes < W ? load(from + r + c, lanes) : load(from + r + c));
+            }
+    }
+}
+
+// Rows i to i + rows and columns k to k + depth as float. What already lies as it should is not copied.
+LeftBlock left_block(const Product& product, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t k, ptrdiff_t depth,
+                     float* copy) {
+    const Matrix& left = product.left;
+    LeftBlock block{copy, depth, MR * depth, true};
     visit(left.dtype, [&](auto* type) {
         using T = PX_TYPE(type);
         const T* from = (const T*)left.data + i * left.row + k * left.col;
-        if (left.dtype == Dtype::float32 && !transposed)
-            block = {from, Dtype::float32, left.row, 1};
-        else if (transposed)
-            for (ptrdiff_t p = 0; p < depth; ++p) widen(copy + p * rows, from + p * left.col, rows);
-        else
+        if (left.col != 1) {
+            block = {copy, MR, tile_size(depth), false};
+            copy_tiles(copy, from, left.col, rows, product.m - i - rows, depth);
+        } else if (left.dtype == Dtype::float32) {
+            block = {(const float*)from, left.row, MR * left.row, true};
+        } else {
             for (ptrdiff_t r = 0; r < rows; ++r) widen(copy + r * depth, from + r * left.row, depth);
+        }
     });
     return block;
 }
 
-void multiply_block(const Matrix& left, const float* panels, ptrdiff_t panel, ptrdiff_t m, ptrdiff_t n,
+// sums[i] += row i of a block in tiles, added up: few elements in a row, for the sake of the sum's rounding error.
+void add_up_rows(const LeftBlock& left, ptrdiff_t rows, ptrdiff_t depth, float* sums) {
+    constexpr ptrdiff_t CHUNK = 64;
+    for (ptrdiff_t r = 0; r < rows; r += MR)
+        for (ptrdiff_t c = 0; c < least(MR, rows - r); c += W) {
+            const ptrdiff_t lanes = least(W, least(MR, rows - r) - c);
+            const float* from = left.data + r / MR * left.tile + c;
+            F total = load_some(sums + r + c, lanes);
+            for (ptrdiff_t p = 0; p < depth; p += CHUNK) {
+                F part[4] = {};
+                for (ptrdiff_t q = 0; q < least(CHUNK, depth - p); ++q, from += MR) part[q % 4] += load(from);
+                total += (part[0] + part[1]) + (part[2] + part[3]);
+            }
+            store_some(sums + r + c, total, lanes);
+        }
+}
+
+void multiply_block(const LeftBlock& left, const float* panels, ptrdiff_t panel, ptrdiff_t m, ptrdiff_t n,
                     ptrdiff_t k, float* c, ptrdiff_t ldc, bool accumulate) {
-    const float* a = (const float*)left.data;
-    if (left.col == 1)
-        multiply_strided<true>(a, left.row, 1, panels, panel, m, n, k, c, ldc, accumulate);
+    if (left.in_rows)
+        multiply_strided<true>(left.data, left.stride, left.tile, panels, panel, m, n, k, c, ldc, accumulate);
     else
-        multiply_strided<false>(a, 1, left.col, panels, panel, m, n, k, c, ldc, accumulate);
+        multiply_strided<false>(left.data, left.stride, left.tile, panels, panel, m, n, k, c, ldc,
+                                accumulate);
 }
 
 template <class T>
@@ -140,11 +189,12 @@ void product_block(const Product& product, ptrdiff_t i, ptrdiff_t rows, ptrdiff_
                    float* scratch) {
     float* sums = scratch;  // [rows][ld]
     float* left_copy = scratch + BLOCK_ROWS * BLOCK_COLS;
-    float* wide_panel = left_copy + BLOCK_ROWS * BLOCK_K;
+    float* wide_panel = left_copy + BLOCK_LEFT;
     const ptrdiff_t ld = round_up(cols, NR), k = product.k;
     for (ptrdiff_t p = 0; p < k; p += BLOCK_K) {
         const ptrdiff_t depth = k - p < BLOCK_K ? k - p : BLOCK_K;
-        const Matrix left = left_block(product.left, i, rows, p, depth, left_copy);
+        const LeftBlock left = left_block(product, i, rows, p, depth, left_copy);
+        if (product.left_sums && j == 0) add_up_rows(left, rows, depth, product.left_sums + i);
         if (product.right_dtype == Dtype::float32) {
             const float* panels = (const float*)product.right + j * k + p * NR;
             multiply_block(left, panels, k * NR, rows, cols, depth, sums, ld, p > 0);
@@ -161,6 +211,29 @@ void product_block(const Product& product, ptrdiff_t i, ptrdiff_t rows, ptrdiff_
     if (k == 0)
         for (ptrdiff_t c = 0; c < rows * ld; ++c) sums[c] = 0.0f;
     finish_tile(product.epilogue, sums, ld, i, rows, j, cols);
+}
+
+void product_once(const Product& product, const Matrix& right, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t j,
+                  ptrdiff_t cols, float* scratch) {
+    const ptrdiff_t ld = round_up(cols, NR), k = product.k, end = i + rows;
+    float *left_copy = scratch, *panels = left_copy + BLOCK_LEFT, *sums = panels + BLOCK_K * ld;
+    const ptrdiff_t sums_row = k > BLOCK_K ? ld : 0;  // of one block of k no sums are kept
+    for (ptrdiff_t p = 0; p < k; p += BLOCK_K) {
+        const ptrdiff_t depth = k - p < BLOCK_K ? k - p : BLOCK_K;
+        Matrix part = right;
+        visit(right.dtype, [&](auto* type) {
+            part.data = (const PX_TYPE(type)*)right.data + p * right.row + j * right.col;
+        });
+        lay_out_panels(panels, Dtype::float32, part, depth, cols, 0, ld);
+        for (ptrdiff_t first = i; first < end; first += BLOCK_ROWS) {
+            const ptrdiff_t some = end - first < BLOCK_ROWS ? end - first : BLOCK_ROWS;
+            const LeftBlock left = left_block(product, first, some, p, depth, left_copy);
+            if (product.left_sums && j == 0) add_up_rows(left, some, depth, product.left_sums + first);
+            float* tile = sums + (first - i) * sums_row;
+            multiply_block(left, panels, depth * NR, some, cols, depth, tile, ld, p > 0);
+            if (p + depth == k) finish_tile(product.epilogue, tile, ld, first, some, j, cols);
+        }
+    }
 }
 
 void finish_tile(const Epilogue& epilogue, const float* sums, ptrdiff_t ld, ptrdiff_t i, ptrdiff_t rows,
