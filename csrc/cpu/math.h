@@ -24,6 +24,21 @@ PX_INLINE F exp(F x) {
     return x > 88.3f ? x * __builtin_huge_valf() : x == x ? inside : x;
 }
 
+// 2^x for x <= 0, or NaN; 0 where the exponent would be below that of any number that is not subnormal.
+PX_INLINE F exp2_of_negative(F x) {
+    // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to an integer and leaves n + 127 in the low bits.
+    constexpr float ROUND = 12582912.0f + 127.0f;
+    const F bounded = max(set(-127.0f), x);  // in this order NaN stays
+    const F shifted = bounded + ROUND;
+    const F r = bounded - (shifted - ROUND);
+    // In pairs: one after another each would wait for the one before.
+    const F s = r * r;
+    const F high = (r * 0.00133988739f + 0.00961843692f) + s * 0.00015353362f;
+    const F middle = r * 0.0555033237f + 0.240226477f;
+    const F p = (high * s + middle) * s + (r * 0.693147182f + 1.0f);
+    return p * bits<F>(bits<I>(shifted) << 23);
+}
+
 // x, but no further from 0 than the bound; NaN where x is NaN.
 PX_INLINE F clamp(F x, float bound) {
     x = x > bound ? set(bound) : x;

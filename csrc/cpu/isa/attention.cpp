@@ -7,20 +7,28 @@
 namespace pytorch_ext::PYTORCH_EXT_ISA {
 namespace {
 
-// Queries of a block. Their scores stay in the first two levels of cache.
+// Queries of a block: at most so many, and of many keys fewer, so that their scores stay in the first cache.
 template <class Engine>
-constexpr ptrdiff_t ROWS = Engine::M_STEP > 1 ? Engine::M_STEP : 4 * MR;
+constexpr ptrdiff_t MOST_ROWS = Engine::M_STEP > 1 ? Engine::M_STEP : 4 * MR;
+
+template <class Engine>
+ptrdiff_t rows_of_blocks(const Attention& a) {
+    constexpr ptrdiff_t CACHED = 7168;  // floats
+    if (Engine::M_STEP > 1) return Engine::M_STEP;
+    return most(MR, least(4 * MR, CACHED / spread_rows(a.pass_keys) / MR * MR));
+}
 
 // Of more keys than one pass takes, the blocks of a part keep their state from pass to pass; so there are few.
-template <class Engine>
-constexpr ptrdiff_t MOST_UNITS = LONGEST_PASS / ROWS<Engine>;
+constexpr ptrdiff_t MOST_ROWS_OF_PART = LONGEST_PASS;
+
+constexpr float LOG2_OF_E = 1.44269504f;
 
 template <class T, class Engine>
 struct ForwardTiles {
     using Left = typename Engine::Left;
     using Right = typename Engine::Right;
 
-    ptrdiff_t ld, sums_ld;
+    ptrdiff_t rows, ld, sums_ld;
     Right *keys, *values;
     Left* queries;
     float* scores;
@@ -31,16 +39,17 @@ struct ForwardTiles {
 
     ForwardTiles(const Attention& a, Arena& arena) {
         const ptrdiff_t units = a.k_len > a.pass_keys ? a.part_units : 1;
+        rows = rows_of_blocks<Engine>(a);
         ld = spread_rows(a.pass_keys);
         sums_ld = round_up(a.value_dim, most(NR, Engine::N_STEP));
         keys = arena.take<Right>(Engine::right_size(a.head_dim, a.pass_keys));
         values = arena.take<Right>(Engine::right_size(a.pass_keys, a.value_dim));
-        queries = arena.take<Left>(LeftTile<T, Engine>::size(ROWS<Engine>, a.head_dim));
-        scores = arena.take(ROWS<Engine> * ld);
-        weights = sizeof(Left) == 4 ? (Left*)scores : arena.take<Left>(ROWS<Engine> * ld);
-        sums = arena.take(units * ROWS<Engine> * sums_ld);
-        largest = arena.take(units * ROWS<Engine>);
-        total = arena.take(units * ROWS<Engine>);
+        queries = arena.take<Left>(LeftTile<T, Engine>::size(rows, a.head_dim));
+        scores = arena.take(rows * ld);
+        weights = sizeof(Left) == 4 ? (Left*)scores : arena.take<Left>(rows * ld);
+        sums = arena.take(units * rows * sums_ld);
+        largest = arena.take(units * rows);
+        total = arena.take(units * rows);
         mask = arena.take(LONGEST_PASS + W);
         factors = arena.take(a.dropout ? LONGEST_PASS + W : 0);
         finite = arena.take<T>(a.causal || a.mask.kind != MaskKind::none ? a.pass_keys * a.value_dim : 0);
@@ -64,6 +73,27 @@ PX_INLINE float exponentials(Left* weights, const float* products, const float* 
     return sum(total);
 }
 
+// weights[j] = 2^(power (product - shift)), where no product is larger than `shift`; returns their sum.
+template <class Left>
+PX_INLINE float powers(Left* weights, const float* products, ptrdiff_t n, ptrdiff_t end, float shift,
+                       float power) {
+    F total{};
+    each_score(n, [&](ptrdiff_t j, I live) {
+        const F weight = exp2_of_negative((load(products + j) - shift) * power);
+        total += live ? weight : F{};
+        store(weights + j, live ? weight : set(FORBIDDEN));
+    });
+    for (ptrdiff_t j = round_up(n, W); j < end; ++j) store(weights + j, set(FORBIDDEN), 1);
+    return sum(total);
+}
+
+PX_INLINE float largest_product(const float* products, ptrdiff_t n) {
+    F largest = set(-INFINITE);
+    each_score(
+        n, [&](ptrdiff_t j, I live) { largest = max(largest, live ? load(products + j) : set(-INFINITE)); });
+    return max(largest);
+}
+
 template <class T, class Engine>
 class ForwardItem {
 public:
@@ -71,7 +101,7 @@ public:
         : a_(a), arena_(scratch), t_(a, arena_), s_(a, item / a.key_heads % a.batch) {
         key_head_ = item % a.key_heads;
         group_ = a.heads / a.key_heads;
-        blocks_ = (s_.q_len + ROWS<Engine> - 1) / ROWS<Engine>;
+        blocks_ = (s_.q_len + t_.rows - 1) / t_.rows;
         // Causal queries look at more keys the later they come: those first.
         const ptrdiff_t part = a.parts - 1 - item / (a.batch * a.key_heads);
         first_unit_ = part * a.part_units;
@@ -82,6 +112,7 @@ public:
         if (first_unit_ >= end_unit_) return;
         const Visible visible(a_, s_, key_head_ * group_, group_, t_.mask);
         masked_ = visible.masked;
+        plain_ = !masked_ && !a_.dropout && a_.scale > 0.0f && a_.scale < INFINITE;
         if (visible.keys == 0) {
             for (ptrdiff_t unit = first_unit_; unit < end_unit_; ++unit) write_zeros(unit);
             return;
@@ -92,7 +123,7 @@ public:
             keys_ = least(a_.pass_keys, visible.keys - first);
             const T* values = lay_out();
             for (ptrdiff_t unit = first_unit_; unit < end_unit_; ++unit) {
-                const ptrdiff_t q = unit % blocks_ * ROWS<Engine>, rows = least(ROWS<Engine>, s_.q_len - q);
+                const ptrdiff_t q = unit % blocks_ * t_.rows, rows = least(t_.rows, s_.q_len - q);
                 const ptrdiff_t end = a_.causal ? least(visible.keys, q + rows) : visible.keys;
                 if (end <= first) continue;
                 const ptrdiff_t state = one_pass ? 0 : unit - first_unit_;
@@ -121,11 +152,12 @@ private:
                                           t_.queries);
         multiply<Engine>(queries.data, queries.ld, t_.keys, a_.head_dim, keys_, rows, end, a_.head_dim,
                          t_.scores, t_.ld, false);
-        float* sums = t_.sums + state * ROWS<Engine> * t_.sums_ld;
-        for (ptrdiff_t i = 0; i < rows; ++i) {
-            const ptrdiff_t n = a_.causal ? least(end, q + i + 1 - first_) : end;
-            softmax(head, q + i, n, end, i, state * ROWS<Engine> + i, sums + i * t_.sums_ld);
-        }
+        float* sums = t_.sums + state * t_.rows * t_.sums_ld;
+        if (plain_)
+            softmax_of_block(q, rows, end, state * t_.rows, sums);
+        else
+            for (ptrdiff_t i = 0; i < rows; ++i)
+                softmax(head, q + i, keys_of(q + i, end), end, i, state * t_.rows + i, sums + i * t_.sums_ld);
         multiply<Engine>(t_.weights, t_.ld, t_.values, keys_, a_.value_dim, rows, a_.value_dim, end, sums,
                          t_.sums_ld, first_ > 0);
         if (not_finite)
@@ -156,28 +188,56 @@ private:
             : factors
                 ? exponentials<false>(weights, products, nullptr, factors, n, end, a_.scale, shift)
                 : exponentials<false>(weights, products, nullptr, (float*)nullptr, n, end, a_.scale, shift);
-        if (first_ > 0 && now != largest) {
-            float before;
-            store(&before, exp(set(largest - shift)), 1);
-            total *= before;
-            store_row(sums, sums, a_.value_dim, before);
-        }
+        if (first_ > 0 && now != largest) rescale(exp(set(largest - shift)), total, sums);
         total = first_ > 0 ? total + sum : sum;
         largest = now;
+    }
+
+    // The same for all rows of a tile where nothing is added to the scores and none is dropped. `largest` is of the
+    // products then. Row by row each would wait for its own before its first power; so all of those come first.
+    void softmax_of_block(ptrdiff_t q, ptrdiff_t rows, ptrdiff_t end, ptrdiff_t state, float* sums) {
+        float now[MOST_ROWS<Engine>];
+        const float power = a_.scale * LOG2_OF_E;
+        for (ptrdiff_t i = 0; i < rows; ++i)
+            now[i] = largest_product(t_.scores + i * t_.ld, keys_of(q + i, end));
+        for (ptrdiff_t i = 0; i < rows; ++i, ++state, sums += t_.sums_ld) {
+            float &largest = t_.largest[state], &total = t_.total[state];
+            if (first_ > 0 && !(now[i] > largest)) now[i] = largest;
+            const float shift = now[i] == -INFINITE ? 0.0f : now[i];
+            const float sum = powers(t_.weights + i * t_.ld, t_.scores + i * t_.ld, keys_of(q + i, end),
+                                     round_up(end, Engine::K_STEP), shift, power);
+            if (first_ > 0 && now[i] != largest)
+                rescale(exp2_of_negative(set((largest - shift) * power)), total, sums);
+            total = first_ > 0 ? total + sum : sum;
+            largest = now[i];
+        }
+    }
+
+    // How many of the `end` keys of this pass a query may look at.
+    ptrdiff_t keys_of(ptrdiff_t query, ptrdiff_t end) const {
+        return a_.causal ? most(0, least(end, query + 1 - first_)) : end;
+    }
+
+    // What was summed up in the passes before.
+    void rescale(F factor, float& total, float* sums) {
+        float before;
+        store(&before, factor, 1);
+        total *= before;
+        store_row(sums, sums, a_.value_dim, before);
     }
 
     void write(ptrdiff_t head, ptrdiff_t q, ptrdiff_t rows, ptrdiff_t state) {
         float* lse = s_.lse(a_, head, q);
         T* out = s_.queries<T>(a_.out, head, q);
-        const float* sums = t_.sums + state * ROWS<Engine> * t_.sums_ld;
+        const float* sums = t_.sums + state * t_.rows * t_.sums_ld;
         for (ptrdiff_t i = 0; i < rows; ++i, sums += t_.sums_ld, out += a_.out.token) {
-            const float total = t_.total[state * ROWS<Engine> + i];
+            const float total = t_.total[state * t_.rows + i];
             if (total == 0.0f && !attends_any(head, q + i)) {
                 lse[i] = -INFINITE;
                 fill(out, a_.value_dim, 0.0f);
                 continue;
             }
-            lse[i] = t_.largest[state * ROWS<Engine> + i] + __builtin_logf(total);
+            lse[i] = t_.largest[state * t_.rows + i] * (plain_ ? a_.scale : 1.0f) + __builtin_logf(total);
             store_row(out, sums, a_.value_dim, 1.0f / total);
         }
     }
@@ -194,8 +254,8 @@ private:
     }
 
     void write_zeros(ptrdiff_t unit) {
-        const ptrdiff_t head = key_head_ * group_ + unit / blocks_, q = unit % blocks_ * ROWS<Engine>;
-        for (ptrdiff_t i = q; i < least(q + ROWS<Engine>, s_.q_len); ++i) {
+        const ptrdiff_t head = key_head_ * group_ + unit / blocks_, q = unit % blocks_ * t_.rows;
+        for (ptrdiff_t i = q; i < least(q + t_.rows, s_.q_len); ++i) {
             fill(s_.queries<T>(a_.out, head, i), a_.value_dim, 0.0f);
             *s_.lse(a_, head, i) = -INFINITE;
         }
@@ -207,19 +267,19 @@ private:
     Sequence s_;
     ptrdiff_t key_head_, group_, blocks_, first_unit_, end_unit_;
     ptrdiff_t first_ = 0, keys_ = 0;  // of this pass
-    bool masked_ = false;
+    bool masked_ = false, plain_ = false;
 };
 
 template <class T, class Engine>
 void plan(Attention& a) {
-    const ptrdiff_t pairs = a.batch * a.key_heads, rows = ROWS<Engine>;
-    const ptrdiff_t units = (a.q_len + rows - 1) / rows * (a.key_heads ? a.heads / a.key_heads : 0);
     a.pass_keys = most(1, least(a.k_len, LONGEST_PASS));
+    const ptrdiff_t pairs = a.batch * a.key_heads, rows = rows_of_blocks<Engine>(a);
+    const ptrdiff_t units = (a.q_len + rows - 1) / rows * (a.key_heads ? a.heads / a.key_heads : 0);
     // Every part lays the keys out anew; so no more parts than keep the threads busy.
     const ptrdiff_t wanted =
         a.threads == 1 || pairs >= 2 * a.threads ? 1 : (2 * a.threads - 1) / most(pairs, 1) + 1;
     a.part_units = most(1, (units + wanted - 1) / wanted);
-    if (a.k_len > a.pass_keys) a.part_units = least(a.part_units, MOST_UNITS<Engine>);
+    if (a.k_len > a.pass_keys) a.part_units = least(a.part_units, MOST_ROWS_OF_PART / rows);
     a.parts = (units + a.part_units - 1) / a.part_units;
     a.items = pairs * a.parts;
     Arena arena(nullptr);
