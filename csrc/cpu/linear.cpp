@@ -125,13 +125,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& 
             item < dweights.items() ? dweights.run(item) : dinputs.run(item - dweights.items());
         });
     } else {
-        multiply(rows, lay_out_right(matrix_of(w), n, k, false), m, k, n, epilogue_to(dinput, k));
-        const Tensor inputs = lay_out_right(matrix_of(x), m, k, false);
+        multiply_once(rows, matrix_of(w), m, k, n, epilogue_to(dinput, k));
         if (on_tiles(rows.dtype)) {
-            const Tensor turned = transposed_for_tiles(dz);
+            const Tensor turned = transposed_for_tiles(dz), inputs = lay_out_right(matrix_of(x), m, k, false);
             multiply(matrix_of(turned), inputs, n, k, round_up(m, TILE), epilogue_to(dweight, k));
         } else {
-            multiply(columns, inputs, n, k, m, epilogue_to(dweight, k), left_sums);
+            multiply_once(columns, matrix_of(x), n, k, m, epilogue_to(dweight, k), left_sums);
         }
     }
     return {dinput, dweight, has_bias ? sums.to(bias->scalar_type()) : at::empty({0}, dout.options())};

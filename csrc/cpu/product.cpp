@@ -127,15 +127,17 @@ ProductOnce::ProductOnce(const Matrix& left, const Matrix& right, int64_t m, int
     across_ = round_up(ceil_div(n, most), threads);  // as many for each
     cols_ = round_up(ceil_div(n, across_), PANEL_STEP);
     across_ = ceil_div(n, cols_);
-    // Laying out takes as long as multiplying with some ten rows, and sums of all rows are kept.
-    constexpr int64_t FEW = 4 * BLOCK_ROWS, MANY = 4096;
-    down_ = std::max(ceil_div(m, MANY), std::min(threads / across_, ceil_div(m, FEW)));
+    // Laying out takes as long as multiplying with some ten rows.
+    constexpr int64_t FEW = 4 * BLOCK_ROWS;
+    down_ = std::clamp<int64_t>(threads / across_, 1, ceil_div(m, FEW));
     rows_ = round_up(ceil_div(m, down_), BLOCK_ROWS);
     down_ = ceil_div(m, rows_);
 }
 
 bool ProductOnce::is_worth_it() const {
-    return !multiplies_pairs(product_.left.dtype) && product_.k > 0 && items() >= at::get_num_threads();
+    constexpr int64_t MANY = 2048;
+    return !multiplies_pairs(product_.left.dtype) && product_.k > 0 && product_.m <= MANY &&
+           items() >= at::get_num_threads();
 }
 
 void ProductOnce::run(int64_t item) const {
@@ -146,10 +148,11 @@ void ProductOnce::run(int64_t item) const {
 }
 
 void multiply_once(const Matrix& left, const Matrix& right, int64_t m, int64_t n, int64_t k,
-                   const Epilogue& epilogue) {
+                   const Epilogue& epilogue, float* left_sums) {
     if (m == 0 || n == 0) return;
-    const ProductOnce product(left, right, m, n, k, epilogue);
-    if (!product.is_worth_it()) return multiply(left, lay_out_right(right, k, n, false), m, n, k, epilogue);
+    const ProductOnce product(left, right, m, n, k, epilogue, left_sums);
+    if (!product.is_worth_it())
+        return multiply(left, lay_out_right(right, k, n, false), m, n, k, epilogue, left_sums);
     parallel_items(product.items(), [&](int64_t item) { product.run(item); });
 }
 

@@ -35,8 +35,8 @@ public:
     int64_t items() const { return across_ * down_; }
     void run(int64_t item) const;
 
-    // Where it is not worth it one `multiply` is: for elements that are multiplied in pairs, and for more threads than
-    // items.
+    // Where it is not worth it one `multiply` is: for elements that are multiplied in pairs, for so many rows that laying
+    // out all of the right matrix first is nothing beside them, and for more threads than items.
     bool is_worth_it() const;
 
 private:
@@ -46,7 +46,7 @@ private:
 };
 
 void multiply_once(const Matrix& left, const Matrix& right, int64_t m, int64_t n, int64_t k,
-                   const Epilogue& epilogue);
+                   const Epilogue& epilogue, float* left_sums = nullptr);
 
 // A tensor of two dimensions, contiguous, as a matrix or as its transpose.
 Matrix matrix_of(const Tensor& t);

@@ -10,9 +10,9 @@ from pytorch_ext.testing import normal
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="; ".join(backends.why_not("cpu", "linear")))
 
-# Rows, inward, outward: sums of two blocks in each of the three products (more rows than one block of the sum of
-# dweight has; more columns inward, and outward), tiles and vectors that are not full, and more rows than an item has.
-SHAPES = [(500, 401, 410), (391, 9, 35), (5, 390, 7), (4201, 5, 19)]
+# Rows, inward, outward: sums of more than one block in each of the three products, items of several blocks and columns
+# that more than one item has, tiles and vectors that are not full, and so many rows that all is laid out first.
+SHAPES = [(100, 390, 210), (391, 9, 35), (4, 40, 790), (2101, 5, 19)]
 
 
 @pytest.fixture(params=[1, 2, 5], ids=["1 thread", "2 threads", "more threads than items"])

@@ -158,6 +158,24 @@ void multiply_block(const LeftBlock& left, const float* panels, ptrdiff_t panel,
                                 accumulate);
 }
 
+// Where a block of sums is built: in its place in the result if there is nothing to do on its way out, since what is
+// written tile by tile is not waited for, as a block at once would be.
+struct Sums {
+    float* data;
+    ptrdiff_t ld;
+    bool in_place;
+
+    Sums(const Product& product, ptrdiff_t i, ptrdiff_t j, ptrdiff_t cols, float* scratch)
+        : data(scratch), ld(round_up(cols, NR)) {
+        const Epilogue& to = product.epilogue;
+        in_place = to.dtype == Dtype::float32 && to.activation == Activation::none && !to.bias &&
+                   !to.preactivation && cols % NR == 0 && product.k > 0;
+        if (!in_place) return;
+        data = (float*)to.out + i * to.row + j;
+        ld = to.row;
+    }
+};
+
 template <class T>
 void lay_out(T* panels, const T* from, ptrdiff_t row, ptrdiff_t col, ptrdiff_t k, ptrdiff_t n, ptrdiff_t j,
              ptrdiff_t cols) {
@@ -187,51 +205,53 @@ void lay_out_panels(void* panels, Dtype dtype, const Matrix& right, ptrdiff_t k,
 
 void product_block(const Product& product, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t j, ptrdiff_t cols,
                    float* scratch) {
-    float* sums = scratch;  // [rows][ld]
+    const Sums sums(product, i, j, cols, scratch);
     float* left_copy = scratch + BLOCK_ROWS * BLOCK_COLS;
     float* wide_panel = left_copy + BLOCK_LEFT;
-    const ptrdiff_t ld = round_up(cols, NR), k = product.k;
+    const ptrdiff_t k = product.k;
     for (ptrdiff_t p = 0; p < k; p += BLOCK_K) {
-        const ptrdiff_t depth = k - p < BLOCK_K ? k - p : BLOCK_K;
+        const ptrdiff_t depth = least(k - p, BLOCK_K);
         const LeftBlock left = left_block(product, i, rows, p, depth, left_copy);
         if (product.left_sums && j == 0) add_up_rows(left, rows, depth, product.left_sums + i);
         if (product.right_dtype == Dtype::float32) {
             const float* panels = (const float*)product.right + j * k + p * NR;
-            multiply_block(left, panels, k * NR, rows, cols, depth, sums, ld, p > 0);
+            multiply_block(left, panels, k * NR, rows, cols, depth, sums.data, sums.ld, p > 0);
             continue;
         }
         visit(product.right_dtype, [&](auto* type) {
             using T = PX_TYPE(type);
             for (ptrdiff_t c = 0; c < cols; c += NR) {
                 widen(wide_panel, (const T*)product.right + (j + c) * k + p * NR, depth * NR);
-                multiply_block(left, wide_panel, 0, rows, NR, depth, sums + c, ld, p > 0);
+                multiply_block(left, wide_panel, 0, rows, NR, depth, sums.data + c, sums.ld, p > 0);
             }
         });
     }
     if (k == 0)
-        for (ptrdiff_t c = 0; c < rows * ld; ++c) sums[c] = 0.0f;
-    finish_tile(product.epilogue, sums, ld, i, rows, j, cols);
+        for (ptrdiff_t c = 0; c < rows * sums.ld; ++c) sums.data[c] = 0.0f;
+    if (!sums.in_place) finish_tile(product.epilogue, sums.data, sums.ld, i, rows, j, cols);
 }
 
 void product_once(const Product& product, const Matrix& right, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t j,
                   ptrdiff_t cols, float* scratch) {
-    const ptrdiff_t ld = round_up(cols, NR), k = product.k, end = i + rows;
-    float *left_copy = scratch, *panels = left_copy + BLOCK_LEFT, *sums = panels + BLOCK_K * ld;
-    const ptrdiff_t sums_row = k > BLOCK_K ? ld : 0;  // of one block of k no sums are kept
+    const ptrdiff_t k = product.k, end = i + rows, width = round_up(cols, NR);
+    float *left_copy = scratch, *panels = left_copy + BLOCK_LEFT;
+    const Sums sums(product, i, j, cols, panels + BLOCK_K * width);
+    const ptrdiff_t sums_row = sums.in_place || k > BLOCK_K ? sums.ld : 0;  // of one block of k none are kept
     for (ptrdiff_t p = 0; p < k; p += BLOCK_K) {
-        const ptrdiff_t depth = k - p < BLOCK_K ? k - p : BLOCK_K;
+        const ptrdiff_t depth = least(k - p, BLOCK_K);
         Matrix part = right;
         visit(right.dtype, [&](auto* type) {
             part.data = (const PX_TYPE(type)*)right.data + p * right.row + j * right.col;
         });
-        lay_out_panels(panels, Dtype::float32, part, depth, cols, 0, ld);
+        lay_out_panels(panels, Dtype::float32, part, depth, cols, 0, width);
         for (ptrdiff_t first = i; first < end; first += BLOCK_ROWS) {
-            const ptrdiff_t some = end - first < BLOCK_ROWS ? end - first : BLOCK_ROWS;
+            const ptrdiff_t some = least(end - first, BLOCK_ROWS);
             const LeftBlock left = left_block(product, first, some, p, depth, left_copy);
             if (product.left_sums && j == 0) add_up_rows(left, some, depth, product.left_sums + first);
-            float* tile = sums + (first - i) * sums_row;
-            multiply_block(left, panels, depth * NR, some, cols, depth, tile, ld, p > 0);
-            if (p + depth == k) finish_tile(product.epilogue, tile, ld, first, some, j, cols);
+            float* tile = sums.data + (first - i) * sums_row;
+            multiply_block(left, panels, depth * NR, some, cols, depth, tile, sums.ld, p > 0);
+            if (!sums.in_place && p + depth == k)
+                finish_tile(product.epilogue, tile, sums.ld, first, some, j, cols);
         }
     }
 }
