@@ -60,9 +60,17 @@ PX_INLINE F load(const float* p) {
 }
 
 PX_INLINE F load(const bfloat16* p) {
+    // (Where g++ widens by __builtin_convertvector it takes five instructions for one.)
+#if defined(__AVX512F__)
+    const U u = (U)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    const U u = (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
     H x;
     __builtin_memcpy(&x, p, sizeof x);
-    return bits<F>(__builtin_convertvector(x, U) << 16);
+    const U u = __builtin_convertvector(x, U);
+#endif
+    return bits<F>(u << 16);
 }
 
 PX_INLINE F load(const float16* p) {
@@ -83,8 +91,14 @@ PX_INLINE void store(bfloat16* p, F x) {
     const U u = bits<U>(x);
     // To the nearest, ties to even; the addition would turn some NaN into infinities.
     const U nearest = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const H h = __builtin_convertvector(x == x ? nearest : U{} + 0x7fc0, H);
+    const U upper = x == x ? nearest : U{} + 0x7fc0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)upper, (__m256i)upper);  // within each half
+    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+    const H h = __builtin_convertvector(upper, H);
     __builtin_memcpy(p, &h, sizeof h);
+#endif
 }
 
 PX_INLINE void store(float16* p, F x) {
@@ -124,23 +138,33 @@ PX_INLINE float load_one(const float16* p) {
 
 // --- Across lanes: always in the same order, so that a sum repeats bit for bit ---
 
+// Each lane beside the one that is STEP behind it.
+template <int STEP>
+PX_INLINE F ahead(F x) {
+    I from;
+    for (int i = 0; i < W; ++i) from[i] = (i + STEP) % W;
+    return __builtin_shuffle(x, from);
+}
+
+template <int STEP = W / 2>
 PX_INLINE float sum(F x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+    x = x + ahead<STEP>(x);
+    if constexpr (STEP > 1)
+        return sum<STEP / 2>(x);
+    else
+        return x[0];
 }
 
 PX_INLINE F max(F a, F b) { return a > b ? a : b; }
 PX_INLINE F min(F a, F b) { return a < b ? a : b; }
 
+template <int STEP = W / 2>
 PX_INLINE float max(F x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    return lanes[0];
+    x = max(x, ahead<STEP>(x));
+    if constexpr (STEP > 1)
+        return max<STEP / 2>(x);
+    else
+        return x[0];
 }
 
 // --- Across vectors ---
