@@ -7,19 +7,13 @@
 namespace pytorch_ext::PYTORCH_EXT_ISA {
 namespace {
 
-// Queries of a block: at most so many, and of many keys fewer, so that their scores stay in the first cache.
+// Queries of a block. Their scores stay in the first two levels of cache.
 template <class Engine>
-constexpr ptrdiff_t MOST_ROWS = Engine::M_STEP > 1 ? Engine::M_STEP : 4 * MR;
-
-template <class Engine>
-ptrdiff_t rows_of_blocks(const Attention& a) {
-    constexpr ptrdiff_t CACHED = 7168;  // floats
-    if (Engine::M_STEP > 1) return Engine::M_STEP;
-    return most(MR, least(4 * MR, CACHED / spread_rows(a.pass_keys) / MR * MR));
-}
+constexpr ptrdiff_t ROWS = Engine::M_STEP > 1 ? Engine::M_STEP : 4 * MR;
 
 // Of more keys than one pass takes, the blocks of a part keep their state from pass to pass; so there are few.
-constexpr ptrdiff_t MOST_ROWS_OF_PART = LONGEST_PASS;
+template <class Engine>
+constexpr ptrdiff_t MOST_UNITS = LONGEST_PASS / ROWS<Engine>;
 
 constexpr float LOG2_OF_E = 1.44269504f;
 
@@ -28,7 +22,7 @@ struct ForwardTiles {
     using Left = typename Engine::Left;
     using Right = typename Engine::Right;
 
-    ptrdiff_t rows, ld, sums_ld;
+    ptrdiff_t ld, sums_ld;
     Right *keys, *values;
     Left* queries;
     float* scores;
@@ -39,17 +33,16 @@ struct ForwardTiles {
 
     ForwardTiles(const Attention& a, Arena& arena) {
         const ptrdiff_t units = a.k_len > a.pass_keys ? a.part_units : 1;
-        rows = rows_of_blocks<Engine>(a);
         ld = spread_rows(a.pass_keys);
         sums_ld = round_up(a.value_dim, most(NR, Engine::N_STEP));
         keys = arena.take<Right>(Engine::right_size(a.head_dim, a.pass_keys));
         values = arena.take<Right>(Engine::right_size(a.pass_keys, a.value_dim));
-        queries = arena.take<Left>(LeftTile<T, Engine>::size(rows, a.head_dim));
-        scores = arena.take(rows * ld);
-        weights = sizeof(Left) == 4 ? (Left*)scores : arena.take<Left>(rows * ld);
-        sums = arena.take(units * rows * sums_ld);
-        largest = arena.take(units * rows);
-        total = arena.take(units * rows);
+        queries = arena.take<Left>(LeftTile<T, Engine>::size(ROWS<Engine>, a.head_dim));
+        scores = arena.take(ROWS<Engine> * ld);
+        weights = sizeof(Left) == 4 ? (Left*)scores : arena.take<Left>(ROWS<Engine> * ld);
+        sums = arena.take(units * ROWS<Engine> * sums_ld);
+        largest = arena.take(units * ROWS<Engine>);
+        total = arena.take(units * ROWS<Engine>);
         mask = arena.take(LONGEST_PASS + W);
         factors = arena.take(a.dropout ? LONGEST_PASS + W : 0);
         finite = arena.take<T>(a.causal || a.mask.kind != MaskKind::none ? a.pass_keys * a.value_dim : 0);
@@ -101,7 +94,7 @@ public:
         : a_(a), arena_(scratch), t_(a, arena_), s_(a, item / a.key_heads % a.batch) {
         key_head_ = item % a.key_heads;
         group_ = a.heads / a.key_heads;
-        blocks_ = (s_.q_len + t_.rows - 1) / t_.rows;
+        blocks_ = (s_.q_len + ROWS<Engine> - 1) / ROWS<Engine>;
         // Causal queries look at more keys the later they come: those first.
         const ptrdiff_t part = a.parts - 1 - item / (a.batch * a.key_heads);
         first_unit_ = part * a.part_units;
@@ -123,7 +116,7 @@ public:
             keys_ = least(a_.pass_keys, visible.keys - first);
             const T* values = lay_out();
             for (ptrdiff_t unit = first_unit_; unit < end_unit_; ++unit) {
-                const ptrdiff_t q = unit % blocks_ * t_.rows, rows = least(t_.rows, s_.q_len - q);
+                const ptrdiff_t q = unit % blocks_ * ROWS<Engine>, rows = least(ROWS<Engine>, s_.q_len - q);
                 const ptrdiff_t end = a_.causal ? least(visible.keys, q + rows) : visible.keys;
                 if (end <= first) continue;
                 const ptrdiff_t state = one_pass ? 0 : unit - first_unit_;
@@ -152,12 +145,13 @@ private:
                                           t_.queries);
         multiply<Engine>(queries.data, queries.ld, t_.keys, a_.head_dim, keys_, rows, end, a_.head_dim,
                          t_.scores, t_.ld, false);
-        float* sums = t_.sums + state * t_.rows * t_.sums_ld;
+        float* sums = t_.sums + state * ROWS<Engine> * t_.sums_ld;
         if (plain_)
-            softmax_of_block(q, rows, end, state * t_.rows, sums);
+            softmax_of_block(q, rows, end, state * ROWS<Engine>, sums);
         else
             for (ptrdiff_t i = 0; i < rows; ++i)
-                softmax(head, q + i, keys_of(q + i, end), end, i, state * t_.rows + i, sums + i * t_.sums_ld);
+                softmax(head, q + i, keys_of(q + i, end), end, i, state * ROWS<Engine> + i,
+                        sums + i * t_.sums_ld);
         multiply<Engine>(t_.weights, t_.ld, t_.values, keys_, a_.value_dim, rows, a_.value_dim, end, sums,
                          t_.sums_ld, first_ > 0);
         if (not_finite)
@@ -196,7 +190,7 @@ private:
     // The same for all rows of a tile where nothing is added to the scores and none is dropped. `largest` is of the
     // products then. Row by row each would wait for its own before its first power; so all of those come first.
     void softmax_of_block(ptrdiff_t q, ptrdiff_t rows, ptrdiff_t end, ptrdiff_t state, float* sums) {
-        float now[MOST_ROWS<Engine>];
+        float now[ROWS<Engine>];
         const float power = a_.scale * LOG2_OF_E;
         for (ptrdiff_t i = 0; i < rows; ++i)
             now[i] = largest_product(t_.scores + i * t_.ld, keys_of(q + i, end));
@@ -229,15 +223,16 @@ private:
     void write(ptrdiff_t head, ptrdiff_t q, ptrdiff_t rows, ptrdiff_t state) {
         float* lse = s_.lse(a_, head, q);
         T* out = s_.queries<T>(a_.out, head, q);
-        const float* sums = t_.sums + state * t_.rows * t_.sums_ld;
+        const float* sums = t_.sums + state * ROWS<Engine> * t_.sums_ld;
         for (ptrdiff_t i = 0; i < rows; ++i, sums += t_.sums_ld, out += a_.out.token) {
-            const float total = t_.total[state * t_.rows + i];
+            const float total = t_.total[state * ROWS<Engine> + i];
             if (total == 0.0f && !attends_any(head, q + i)) {
                 lse[i] = -INFINITE;
                 fill(out, a_.value_dim, 0.0f);
                 continue;
             }
-            lse[i] = t_.largest[state * t_.rows + i] * (plain_ ? a_.scale : 1.0f) + __builtin_logf(total);
+            lse[i] =
+                t_.largest[state * ROWS<Engine> + i] * (plain_ ? a_.scale : 1.0f) + __builtin_logf(total);
             store_row(out, sums, a_.value_dim, 1.0f / total);
         }
     }
@@ -254,8 +249,8 @@ private:
     }
 
     void write_zeros(ptrdiff_t unit) {
-        const ptrdiff_t head = key_head_ * group_ + unit / blocks_, q = unit % blocks_ * t_.rows;
-        for (ptrdiff_t i = q; i < least(q + t_.rows, s_.q_len); ++i) {
+        const ptrdiff_t head = key_head_ * group_ + unit / blocks_, q = unit % blocks_ * ROWS<Engine>;
+        for (ptrdiff_t i = q; i < least(q + ROWS<Engine>, s_.q_len); ++i) {
             fill(s_.queries<T>(a_.out, head, i), a_.value_dim, 0.0f);
             *s_.lse(a_, head, i) = -INFINITE;
         }
@@ -272,14 +267,14 @@ private:
 
 template <class T, class Engine>
 void plan(Attention& a) {
-    a.pass_keys = most(1, least(a.k_len, LONGEST_PASS));
-    const ptrdiff_t pairs = a.batch * a.key_heads, rows = rows_of_blocks<Engine>(a);
+    const ptrdiff_t pairs = a.batch * a.key_heads, rows = ROWS<Engine>;
     const ptrdiff_t units = (a.q_len + rows - 1) / rows * (a.key_heads ? a.heads / a.key_heads : 0);
+    a.pass_keys = most(1, least(a.k_len, LONGEST_PASS));
     // Every part lays the keys out anew; so no more parts than keep the threads busy.
     const ptrdiff_t wanted =
         a.threads == 1 || pairs >= 2 * a.threads ? 1 : (2 * a.threads - 1) / most(pairs, 1) + 1;
     a.part_units = most(1, (units + wanted - 1) / wanted);
-    if (a.k_len > a.pass_keys) a.part_units = least(a.part_units, MOST_ROWS_OF_PART / rows);
+    if (a.k_len > a.pass_keys) a.part_units = least(a.part_units, MOST_UNITS<Engine>);
     a.parts = (units + a.part_units - 1) / a.part_units;
     a.items = pairs * a.parts;
     Arena arena(nullptr);
