@@ -17,7 +17,7 @@ using NodePointer = decltype(torch::autograd::get_current_node());  // std::shar
 constexpr char SECOND_ORDER[] =
     "pytorch_ext: the kernels have no second derivative; for one, run the forward pass under"
     " pytorch_ext.backends.use('native')";
-constexpr char FORMULA[] = "formula", CONSTANTS[] = "constants";
+constexpr char DATA[] = "formula, constants";
 
 template <class N>
 NodePointer make_node() {
@@ -51,9 +51,11 @@ struct AnyOp {
     static constexpr bool is_traceable = false;
 
     static variable_list backward(AutogradContext* context, variable_list& gradients) {
-        const auto& formula = *reinterpret_cast<const Formula*>(context->saved_data.at(FORMULA).toInt());
-        const auto constants = context->saved_data.at(CONSTANTS).toTuple();
-        const Backward node{context->get_saved_variables(), gradients, constants->elements().vec(),
+        const auto data = context->saved_data.at(DATA).toTuple();
+        const auto elements = data->elements().asArrayRef();
+        const auto& formula = *reinterpret_cast<const Formula*>(elements[0].toInt());
+        const Backward node{context->get_saved_variables(), gradients,
+                            Constants(elements.begin() + 1, elements.end()),
                             [&](size_t input) { return context->needs_input_grad(input); }};
         Tensors results = below_autograd([&] { return formula.backward(node); });
         if (at::GradMode::is_enabled()) refuse_second_order(results, gradients);
@@ -82,8 +84,8 @@ void record(const Formula& formula, const Tensors& inputs, const Tensors& output
         node.output_info_.emplace_back(out);
     }
     node.ctx_.set_materialize_grads(!formula.takes_undefined);
-    node.ctx_.saved_data[FORMULA] = reinterpret_cast<int64_t>(&formula);
-    node.ctx_.saved_data[CONSTANTS] = c10::ivalue::Tuple::create(std::move(constants));
+    constants.insert(constants.begin(), reinterpret_cast<int64_t>(&formula));
+    node.ctx_.saved_data[DATA] = c10::ivalue::Tuple::create(std::move(constants));
     node.ctx_.save_for_backward(std::move(saved));
     node.save_variables_to_ctx();
 }

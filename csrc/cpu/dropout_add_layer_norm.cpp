@@ -18,7 +18,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& input, const Te
     const auto dtype = at::promote_types(input.scalar_type(), residual.scalar_type());
     const Tensor out = at::empty(input.sizes(), input.options().dtype(dtype)), sum = at::empty_like(out);
     const auto outer = input.sizes().slice(0, input.dim() - 1);
-    const Tensor mean = at::empty(outer, input.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+    const Tensor mean = at::empty(outer, input.options().dtype(at::kFloat)),
+                 rstd = at::empty(mean.sizes(), mean.options());
     const Tensor x = input.contiguous(), y = residual.contiguous();
     const Tensor w = as_floats(weight), b = as_floats(bias), c = as_floats(input_bias);
     const int64_t cols = input.size(-1);

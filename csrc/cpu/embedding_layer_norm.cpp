@@ -67,7 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input_ids, const Option
                                            double eps) {
     const int64_t cols = word.size(1);
     auto shape = input_ids.sizes().vec();
-    const Tensor mean = at::empty(shape, word.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+    const Tensor mean = at::empty(shape, word.options().dtype(at::kFloat)),
+                 rstd = at::empty(mean.sizes(), mean.options());
     shape.push_back(cols);
     const Inputs inputs(input_ids, token_type_ids, position_ids, word, position, token_type, dropout);
     const Tensor out = at::empty(shape, word.options().dtype(inputs.dtype));
@@ -95,16 +96,19 @@ Tensor gradient_of(const OptionalTensor& table, const Lookup& lookup, const Tens
     const Tensor out = at::zeros(table->sizes(), table->options());
     const int64_t cols = out.size(1);
     const int64_t entries = out.size(0), rows = lookup.ids.numel();
-    std::vector<int64_t> first(entries, -1), next(rows, -1);
+    // A table of words is long, and few of its entries are looked up: a new list of all would be new pages each time.
+    auto* const first = reinterpret_cast<int64_t*>(thread_scratch(2 * entries));
+    std::fill_n(first, entries, -1);
+    std::vector<int64_t> next(rows), found;
     for (int64_t row = rows - 1; row >= 0; --row) {
-        int64_t& head = first[lookup.id()[row]];
-        next[row] = head;
-        head = row;
+        const int64_t entry = lookup.id()[row];
+        if (entry == without) continue;
+        if (first[entry] < 0) found.push_back(entry);
+        next[row] = std::exchange(first[entry], row);
     }
-    if (without >= 0) first[without] = -1;
-    const TableGradient a{dx.const_data_ptr<float>(), first.data(), next.data(),
+    const TableGradient a{dx.const_data_ptr<float>(), found.data(), first,        next.data(),
                           out.mutable_data_ptr(),     cols,         dtype_of(out)};
-    parallel_rows(entries, cols,
+    parallel_rows(found.size(), cols,
                   [&](int64_t begin, int64_t count) { PYTORCH_EXT_CALL(table_gradient, a, begin, count); });
     return out;
 }

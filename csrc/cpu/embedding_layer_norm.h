@@ -40,8 +40,9 @@ struct EmbeddingLayerNormGradient {
 // The gradient of a table: in each of its rows the sum of those of dx that looked it up.
 struct TableGradient {
     const float* dx;
-    const int64_t* first;  // for each entry of the table the first row that looked it up, or -1
-    const int64_t* next;   // for each row the next one with the same entry, or -1
+    const int64_t* entries;  // of the table, which some row looked up
+    const int64_t* first;    // for each entry of the table the first row that looked it up
+    const int64_t* next;     // for each row the next one with the same entry, or -1
     void* out;
     ptrdiff_t cols;
     Dtype dtype;
@@ -57,7 +58,7 @@ PYTORCH_EXT_KERNEL(embedding_layer_norm_rows, const EmbeddingLayerNorm&, ptrdiff
 PYTORCH_EXT_KERNEL(embedding_layer_norm_gradient, const EmbeddingLayerNormGradient&, ptrdiff_t first,
                    ptrdiff_t rows, float* sums, float* scratch)
 
-// Makes `count` rows of the table from `first` on. Those that no row looked up are zeros already.
+// Makes the rows of `count` of the entries, from `first` on.
 PYTORCH_EXT_KERNEL(table_gradient, const TableGradient&, ptrdiff_t first, ptrdiff_t count)
 
 }  // namespace pytorch_ext

@@ -16,7 +16,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& input,
                                                   double eps) {
     const auto outer = input.sizes().slice(0, input.dim() - normalized_shape.size());
     const Tensor out = at::empty(input.sizes(), input.options());
-    const Tensor mean = at::empty(outer, input.options().dtype(at::kFloat)), rstd = at::empty_like(mean);
+    const Tensor mean = at::empty(outer, input.options().dtype(at::kFloat)),
+                 rstd = at::empty(mean.sizes(), mean.options());
     const Tensor x = input.contiguous(), w = as_floats(weight), b = as_floats(bias);
     const int64_t cols = product(normalized_shape);
     const LayerNorm a{x.const_data_ptr(),

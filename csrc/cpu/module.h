@@ -40,7 +40,10 @@ inline Dtype dtype_of(const Tensor& t) {
 
 // A parameter as contiguous float32: itself where it is that already. Undefined where there is none.
 inline Tensor as_floats(const OptionalTensor& t) {
-    return t && t->defined() ? t->to(at::kFloat).contiguous() : Tensor();
+    if (!t || !t->defined()) return Tensor();
+    if (t->scalar_type() == at::kFloat)
+        return t->contiguous();  // `to` is slow to find that it has nothing to do
+    return t->to(at::kFloat).contiguous();
 }
 
 inline const float* floats(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }

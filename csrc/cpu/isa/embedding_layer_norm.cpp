@@ -99,17 +99,18 @@ void table_gradient(const TableGradient& a, ptrdiff_t first, ptrdiff_t count) {
     float total[BLOCK];
     visit(a.dtype, [&](auto* type) {
         using T = PX_TYPE(type);
-        for (ptrdiff_t e = first; e < first + count; ++e)
+        for (ptrdiff_t i = first; i < first + count; ++i) {
+            const ptrdiff_t e = a.entries[i];
             for (ptrdiff_t begin = 0; begin < a.cols; begin += BLOCK) {
                 const ptrdiff_t n = a.cols - begin < BLOCK ? a.cols - begin : BLOCK;
                 T* const out = (T*)a.out + e * a.cols + begin;
                 ptrdiff_t row = a.first[e];
-                if (row < 0) continue;
                 __builtin_memcpy(total, a.dx + row * a.cols + begin, n * sizeof(float));
                 while ((row = a.next[row]) >= 0) add(total, a.dx + row * a.cols + begin, n);
                 along(n, [&](ptrdiff_t i, auto lanes, int)
                              PX_LAMBDA { store(out + i, load(total + i, lanes), lanes); });
             }
+        }
     });
 }
 
