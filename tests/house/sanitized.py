@@ -79,8 +79,8 @@ def embedding_layer_norm(make, rows, cols):
 
 
 def linear(make, rows, cols):
-    for out, activation in ((1, None), (17, "relu"), (32, "gelu"), (rows, "gelu_tanh")):
-        yield ops.linear(make(rows, cols), make(out, cols), make(out) if activation else None, activation)
+    for out, activation in ((1, None), (19, None), (17, "relu"), (32, "gelu"), (rows, "gelu_tanh")):
+        yield ops.linear(make(rows, cols), make(out, cols), make(out) if out > 1 else None, activation)
 
 
 def scaled_dot_product_attention(make, rows, cols):
