@@ -4,7 +4,7 @@ A module or package of this folder whose name has no leading underscore is a bac
 
 - ``DESCRIPTION``: one line;
 - ``kernels()``: its table, from ``"<op>_fwd"`` and ``"<op>_bwd"`` (``native``: from ``"<op>"``) to callables; of ops
-  that not all backends have (``offered``), ``"<op>_fwd"`` alone;
+  that not all backends have (``offered``), ``"<op>_fwd"`` alone; ``"<op>_grad"`` where it differentiates by itself;
 - ``why_not(op, *tensors)``: the reasons, as sentences, why it cannot run ``op`` on ``tensors``; empty if it can.
   ``torch.compile`` traces it: plain Python over what the tensors say of themselves, and, where it asks the machine,
   functions marked with ``_requirements.fact``;

@@ -100,7 +100,11 @@ def _sharded(args: tuple) -> tuple | list:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # a generator costs as much as the rest
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def apply(function: type[torch.autograd.Function], op: str, *args: Any) -> Any:
