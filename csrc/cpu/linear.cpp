@@ -95,52 +95,70 @@ Tensor transposed_for_tiles(const Tensor& dz) {
     return columns;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& input, const Tensor& weight,
-                                              const OptionalTensor& bias, const Tensor& preactivation,
-                                              const std::string& activation) {
+// Which gradients somebody asked for; the others stay undefined.
+struct Wanted {
+    bool dinput = true, dweight = true, dbias = true;
+};
+
+std::tuple<Tensor, Tensor, Tensor> differentiate(const Tensor& dout, const Tensor& input,
+                                                 const Tensor& weight, const OptionalTensor& bias,
+                                                 const Tensor& preactivation, const std::string& activation,
+                                                 const Wanted& wanted) {
     const int64_t n = weight.size(0), k = weight.size(1);
-    const Tensor dinput = at::empty(input.sizes(), input.options());
-    const Tensor dweight = at::empty({n, k}, weight.options());
-    const bool has_bias = bias && bias->defined();
-    if (dout.numel() == 0)
-        return {dinput.zero_(), dweight.zero_(),
-                has_bias ? at::zeros({n}, bias->options()) : at::empty({0}, dout.options())};
+    const Tensor dinput = wanted.dinput ? at::empty(input.sizes(), input.options()) : Tensor();
+    const Tensor dweight = wanted.dweight ? at::empty({n, k}, weight.options()) : Tensor();
+    const bool has_bias = wanted.dbias && bias && bias->defined();
+    if (dout.numel() == 0) {
+        for (const Tensor& gradient : {dinput, dweight})
+            if (gradient.defined()) gradient.zero_();
+        return {dinput, dweight, has_bias ? at::zeros({n}, bias->options()) : Tensor()};
+    }
     const int64_t m = dout.numel() / n;
     const Tensor x = input.contiguous().view({m, k}), dy = dout.contiguous().view({m, n});
     const Activation kind = activation_of(activation);
     // Where the gradient is one of the products' matrices as it is, the second of them sums it up on its way. (Of one
     // column it lies in rows, and without columns of x there is no product.)
-    const bool on_the_way =
-        has_bias && kind == Activation::none && n > 1 && k > 0 && !multiplies_pairs(dtype_of(dout));
+    const bool on_the_way = has_bias && wanted.dweight && kind == Activation::none && n > 1 && k > 0 &&
+                            !multiplies_pairs(dtype_of(dout));
     auto [dz, sums] = gradient_of_sums(dy, preactivation, kind, has_bias && !on_the_way);
     if (on_the_way) sums = at::zeros({n}, dout.options().dtype(at::kFloat));
     float* const left_sums = on_the_way ? sums.mutable_data_ptr<float>() : nullptr;
 
     const Tensor w = weight.contiguous();
     const Matrix rows = matrix_of(dz), columns = transposed(rows);
-    const ProductOnce dinputs(rows, matrix_of(w), m, k, n, epilogue_to(dinput, k)),
-        dweights(columns, matrix_of(x), n, k, m, epilogue_to(dweight, k), left_sums);
-    if (dinputs.is_worth_it() && dweights.is_worth_it()) {
-        parallel_items(dinputs.items() + dweights.items(), [&](int64_t item) {
-            item < dweights.items() ? dweights.run(item) : dinputs.run(item - dweights.items());
-        });
-    } else {
-        multiply_once(rows, matrix_of(w), m, k, n, epilogue_to(dinput, k));
-        if (on_tiles(rows.dtype)) {
-            const Tensor turned = transposed_for_tiles(dz), inputs = lay_out_right(matrix_of(x), m, k, false);
-            multiply(matrix_of(turned), inputs, n, k, round_up(m, TILE), epilogue_to(dweight, k));
-        } else {
-            multiply_once(columns, matrix_of(x), n, k, m, epilogue_to(dweight, k), left_sums);
+    if (wanted.dinput && wanted.dweight) {
+        const ProductOnce dinputs(rows, matrix_of(w), m, k, n, epilogue_to(dinput, k)),
+            dweights(columns, matrix_of(x), n, k, m, epilogue_to(dweight, k), left_sums);
+        if (dinputs.is_worth_it() && dweights.is_worth_it()) {
+            parallel_items(dinputs.items() + dweights.items(), [&](int64_t item) {
+                item < dweights.items() ? dweights.run(item) : dinputs.run(item - dweights.items());
+            });
+            return {dinput, dweight, has_bias ? sums.to(bias->scalar_type()) : Tensor()};
         }
     }
-    return {dinput, dweight, has_bias ? sums.to(bias->scalar_type()) : at::empty({0}, dout.options())};
+    if (wanted.dinput) multiply_once(rows, matrix_of(w), m, k, n, epilogue_to(dinput, k));
+    if (wanted.dweight && on_tiles(rows.dtype)) {
+        const Tensor turned = transposed_for_tiles(dz), inputs = lay_out_right(matrix_of(x), m, k, false);
+        multiply(matrix_of(turned), inputs, n, k, round_up(m, TILE), epilogue_to(dweight, k));
+    } else if (wanted.dweight) {
+        multiply_once(columns, matrix_of(x), n, k, m, epilogue_to(dweight, k), left_sums);
+    }
+    return {dinput, dweight, has_bias ? sums.to(bias->scalar_type()) : Tensor()};
 }
 
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dout, const Tensor& input, const Tensor& weight,
+                                              const OptionalTensor& bias, const Tensor& preactivation,
+                                              const std::string& activation) {
+    auto [dinput, dweight, dbias] = differentiate(dout, input, weight, bias, preactivation, activation, {});
+    return {dinput, dweight, dbias.defined() ? dbias : at::empty({0}, dout.options())};
+}
+
+// Of frozen weights, as beside LoRA's, no gradient is made.
 Tensors linear_backward(const Backward& node) {
-    const Tensor& bias = node.saved[2];
-    const auto [dinput, dweight, dbias] = linear_bwd(node.gradients[0], node.saved[0], node.saved[1], bias,
-                                                     node.saved[3], node.constants[0].toStringRef());
-    return {dinput, dweight, defined_like(bias, dbias)};
+    const auto [dinput, dweight, dbias] =
+        differentiate(node.gradients[0], node.saved[0], node.saved[1], node.saved[2], node.saved[3],
+                      node.constants[0].toStringRef(), {node.wants(0), node.wants(1), node.wants(2)});
+    return {dinput, dweight, dbias};
 }
 
 constexpr Formula FORMULA{"LinearBackward", linear_backward};

@@ -11,15 +11,17 @@ template <class In, class Residual, class Out>
 inline float add_row(const DropoutAddLayerNorm& a, ptrdiff_t row) {
     const ptrdiff_t at = row * a.cols;
     Sums sums;
-    const float scale = a.dropout ? a.dropout->scale : 0.0f;
+    const bool drops = a.dropout;
+    const float scale = drops ? a.dropout->scale : 0.0f;
     in_blocks(row, a.cols, a.dropout, a.mask, [&](ptrdiff_t block, ptrdiff_t n, const unsigned char* mask) {
         const In* const input = (const In*)a.input + at + block;
         const Residual* const residual = (const Residual*)a.residual + at + block;
         Out* const sum = (Out*)a.sum + at + block;
+        const float* const input_bias = a.input_bias ? a.input_bias + block : nullptr;
         along(n, [&](ptrdiff_t i, auto lanes, int k) PX_LAMBDA {
             F x = load(input + i, lanes);
-            if (a.input_bias) x = x + load(a.input_bias + block + i, lanes);
-            if (a.dropout) x = dropped(x, mask, i, scale);
+            if (input_bias) x = x + load(input_bias + i, lanes);
+            if (drops) x = dropped(x, mask, i, scale);
             x = load(residual + i, lanes) + x;
             store(sum + i, x, lanes);
             sums.of[k] += x;
@@ -30,6 +32,7 @@ inline float add_row(const DropoutAddLayerNorm& a, ptrdiff_t row) {
 
 template <class In, class Residual, class Out>
 inline void forward(const DropoutAddLayerNorm& a, ptrdiff_t first, ptrdiff_t rows) {
+    const float *const weight = a.weight, *const bias = a.bias;  // no store can change these
     for (ptrdiff_t row = first; row < first + rows; ++row) {
         const float about = add_row<In, Residual, Out>(a, row);
         // The statistics are of the sum as it is stored, which is all that backward will see of it.
@@ -39,8 +42,7 @@ inline void forward(const DropoutAddLayerNorm& a, ptrdiff_t first, ptrdiff_t row
         a.rstd[row] = m.rstd;
         Out* const out = (Out*)a.out + row * a.cols;
         along(a.cols, [&](ptrdiff_t i, auto lanes, int) PX_LAMBDA {
-            store(out + i, scaled_and_shifted(x_hat(load(sum + i, lanes), m), a.weight, a.bias, i, lanes),
-                  lanes);
+            store(out + i, scaled_and_shifted(x_hat(load(sum + i, lanes), m), weight, bias, i, lanes), lanes);
         });
     }
 }

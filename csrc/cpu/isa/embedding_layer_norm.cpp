@@ -30,13 +30,14 @@ inline void forward_row(const EmbeddingLayerNorm& a, ptrdiff_t row, float* x) {
     const Moments m = moments(x, e.cols, add_embeddings<T>(e, row, x) / (float)e.cols, a.eps);
     a.mean[row] = m.mean;
     a.rstd[row] = m.rstd;
-    const float scale = e.dropout ? e.dropout->scale : 0.0f;
+    const float *const weight = a.weight, *const bias = a.bias;  // no store can change these
+    const bool drops = e.dropout;
+    const float scale = drops ? e.dropout->scale : 0.0f;
     in_blocks(row, e.cols, e.dropout, a.mask, [&](ptrdiff_t block, ptrdiff_t n, const unsigned char* mask) {
         T* const out = (T*)a.out + row * e.cols + block;
         along(n, [&](ptrdiff_t i, auto lanes, int) PX_LAMBDA {
-            F y =
-                scaled_and_shifted(x_hat(load(x + block + i, lanes), m), a.weight, a.bias, block + i, lanes);
-            if (e.dropout) y = dropped(y, mask, i, scale);
+            F y = scaled_and_shifted(x_hat(load(x + block + i, lanes), m), weight, bias, block + i, lanes);
+            if (drops) y = dropped(y, mask, i, scale);
             store(out + i, y, lanes);
         });
     });

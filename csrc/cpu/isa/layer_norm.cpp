@@ -7,6 +7,7 @@ namespace pytorch_ext::PYTORCH_EXT_ISA {
 void layer_norm_rows(const LayerNorm& a, ptrdiff_t first, ptrdiff_t rows) {
     visit(a.dtype, [&](auto* type) {
         using T = PX_TYPE(type);
+        const float *const weight = a.weight, *const bias = a.bias;  // no store can change these
         for (ptrdiff_t row = first; row < first + rows; ++row) {
             const T* const x = (const T*)a.input + row * a.cols;
             T* const out = (T*)a.out + row * a.cols;
@@ -14,7 +15,7 @@ void layer_norm_rows(const LayerNorm& a, ptrdiff_t first, ptrdiff_t rows) {
             a.mean[row] = m.mean;
             a.rstd[row] = m.rstd;
             along(a.cols, [&](ptrdiff_t i, auto lanes, int) PX_LAMBDA {
-                store(out + i, scaled_and_shifted(x_hat(load(x + i, lanes), m), a.weight, a.bias, i, lanes),
+                store(out + i, scaled_and_shifted(x_hat(load(x + i, lanes), m), weight, bias, i, lanes),
                       lanes);
             });
         }
