@@ -75,7 +75,7 @@ def test_bits(case, inputs_of, by_python):
     for kind, (found, node) in zip(kinds, compiled, strict=True):
         wanted, python_node = once(*kind)
         assert same(found, wanted)
-        if python_node.name().endswith("FunctionBackward"):  # and under autocast nothing that casts the output
+        if python_node.name().endswith("FunctionBackward"):  # under autocast it may be what casts the output
             assert node.name() == case.op.title().replace("_", "") + "Backward"
         assert not isinstance(node, torch.autograd.function.BackwardCFunction)
 
