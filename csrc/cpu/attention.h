@@ -46,6 +46,8 @@ struct Attention {
     const Dropout* dropout;  // null: none
     bool causal;
     float scale;
+    bool
+        inference;  // nothing will be differentiated, so forward need not take the very powers that backward takes
     ptrdiff_t threads;
 
     // Set by the plan.

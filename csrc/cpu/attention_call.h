@@ -10,9 +10,10 @@
 namespace pytorch_ext {
 
 // varlen_attention's forward pass, in varlen_attention.cpp. `out` is (tokens, heads, value_dim), `lse` (heads, tokens).
+// `inference`: see Attention.
 void attend_packed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
                    const Tensor& cu_seqlens_k, const OptionalTensor& rng, double dropout_p, bool is_causal,
-                   double scale, const Tensor& out, const Tensor& lse);
+                   double scale, const Tensor& out, const Tensor& lse, bool inference = false);
 
 inline Tensor with_dense_rows(const Tensor& t) {
     return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();

@@ -89,7 +89,7 @@ Tensor encoder_layer_fwd(const Tensor& input, const std::vector<Tensor>& in_weig
             multiply_to(products, first, x, in_weights[i], in_biases[i], Activation::none);
         const auto parts = products.view({rows, 3, heads, width / heads}).unbind(1);
         attend_packed(parts[0], parts[1], parts[2], cu_seqlens, cu_seqlens, {}, 0.0, is_causal, scale,
-                      context, lse);
+                      context, lse, true);
         multiply_to(middle, 0, context.view({rows, width}), out_weight, {}, Activation::none);
     }
     add_norm(middle, x, out_bias, norm1_weight, norm1_bias, eps1, statistics);

@@ -83,9 +83,10 @@ void zero_if_any(const Tensor& t) {
 
 void attend_packed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
                    const Tensor& cu_seqlens_k, const OptionalTensor& rng, double dropout_p, bool is_causal,
-                   double scale, const Tensor& out, const Tensor& lse) {
+                   double scale, const Tensor& out, const Tensor& lse, bool inference) {
     const Tensor q = with_dense_rows(query), k = with_dense_rows(key), v = with_dense_rows(value);
     Call call(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, rng, dropout_p, is_causal, scale);
+    call.a.inference = inference;
     if (call.a.q_ends[call.a.batch] < query.size(0)) {
         call.behind_queries(out, 0).zero_();
         call.behind_queries(lse, 1).fill_(-INFINITY);

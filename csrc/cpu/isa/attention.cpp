@@ -105,8 +105,8 @@ public:
         if (first_unit_ >= end_unit_) return;
         const Visible visible(a_, s_, key_head_ * group_, group_, t_.mask);
         masked_ = visible.masked;
-        // Its backward takes powers of e: with others in forward, gradients of keys had 2.2 times eager's largest error.
-        plain_ = false;
+        // (Backward takes powers of e: with others in forward, gradients of keys had 2.2 times eager's largest error.)
+        plain_ = a_.inference && !masked_ && !a_.dropout && a_.scale > 0.0f && a_.scale < INFINITE;
         if (visible.keys == 0) {
             for (ptrdiff_t unit = first_unit_; unit < end_unit_; ++unit) write_zeros(unit);
             return;
