@@ -1,7 +1,9 @@
 // Attention over dense batches: what comes from Python and goes back to it.
 
+#include <ATen/ExpandUtils.h>
+
 #include "attention_call.h"
-#include "autograd.h"
+#include "direct.h"
 
 namespace pytorch_ext {
 namespace {
@@ -128,11 +130,48 @@ Tensor scaled_dot_product_attention_grad(const Tensor& query, const Tensor& key,
     return out;
 }
 
+// Four dimensions everywhere, and nothing that has to be broadcast but the mask.
+std::optional<Tensor> scaled_dot_product_attention_direct(const Argument& query, const Argument& key,
+                                                          const Argument& value, const Argument& attn_mask,
+                                                          Number dropout_p, bool is_causal,
+                                                          std::optional<Number> scale, bool enable_gqa) {
+    if (!usual({&query, &key, &value, &attn_mask}) || !query.floating() || query->dim() != 4 ||
+        !is_probability(dropout_p))
+        return {};
+    const int64_t batch = query->size(0), heads = query->size(1), head_dim = query->size(3);
+    for (const Argument* other : {&key, &value})
+        if (!other->given() || !other->like(query) || (*other)->dim() != 4 || (*other)->size(0) != batch)
+            return {};
+    const int64_t key_heads = key->size(1);
+    if (key->size(3) != head_dim || value->size(1) != key_heads || value->size(2) != key->size(2) ||
+        !(heads == key_heads || (enable_gqa && divides(key_heads, heads))))
+        return {};
+    if (attn_mask.given()) {
+        const bool known = attn_mask->scalar_type() == at::kBool || attn_mask->scalar_type() == at::kFloat ||
+                           attn_mask.like(query);
+        if (is_causal || !known ||
+            !at::is_expandable_to(attn_mask->sizes(), {batch, heads, query->size(2), key->size(2)}))
+            return {};
+    }
+    return compute([&] {
+        Tensor mask = *attn_mask;
+        while (mask.defined() && mask.dim() < 4) mask = mask.unsqueeze(0);
+        const auto call = [&](auto function) {
+            return function(*query, *key, *value, mask.defined() ? OptionalTensor(mask) : std::nullopt,
+                            draw_rng(dropout_p), dropout_p, is_causal, scale_of(scale, head_dim));
+        };
+        return wants_grad({&query, &key, &value, &attn_mask})
+                   ? call(scaled_dot_product_attention_grad)
+                   : std::get<0>(call(scaled_dot_product_attention_fwd));
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("scaled_dot_product_attention_fwd", scaled_dot_product_attention_fwd, release());
     m.def("scaled_dot_product_attention_bwd", scaled_dot_product_attention_bwd, release());
     m.def("scaled_dot_product_attention_grad", released(scaled_dot_product_attention_grad));
+    define_direct(m, "scaled_dot_product_attention_direct", scaled_dot_product_attention_direct);
 });
 
 }  // namespace

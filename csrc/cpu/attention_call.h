@@ -19,6 +19,14 @@ inline Tensor with_dense_rows(const Tensor& t) {
     return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
 }
 
+// Whether `key_heads` may stand for so many more heads of queries.
+inline bool divides(int64_t key_heads, int64_t heads) { return key_heads && heads % key_heads == 0; }
+
+// The scale that the wrapper takes where none is given.
+inline double scale_of(std::optional<double> scale, int64_t head_dim) {
+    return scale ? *scale : std::pow(std::max<int64_t>(head_dim, 1), -0.5);
+}
+
 // Of (batch, heads, tokens, dim), or of (tokens, heads, dim).
 inline Heads heads_of(const Tensor& t) {
     void* data = const_cast<void*>(t.const_data_ptr());

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "autograd.h"
+#include "direct.h"
 #include "row_work.h"
 
 namespace pytorch_ext {
@@ -49,11 +49,23 @@ Tensor bias_gelu_grad(const Tensor& input, const Tensor& bias, const std::string
     return out;
 }
 
+std::optional<Tensor> bias_gelu_direct(const Argument& input, const Argument& bias,
+                                       const std::string& approximate) {
+    if (!usual({&input, &bias}) || !input.floating() || !input->dim() || !is_approximation(approximate) ||
+        !is_parameter(bias, input, input->sizes().slice(input->dim() - 1)))
+        return {};
+    return compute([&] {
+        return wants_grad({&input, &bias}) ? bias_gelu_grad(*input, *bias, approximate)
+                                           : bias_gelu_fwd(*input, *bias, approximate);
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("bias_gelu_fwd", bias_gelu_fwd, release());
     m.def("bias_gelu_bwd", bias_gelu_bwd, release());
     m.def("bias_gelu_grad", released(bias_gelu_grad));
+    define_direct(m, "bias_gelu_direct", bias_gelu_direct);
 });
 
 }  // namespace

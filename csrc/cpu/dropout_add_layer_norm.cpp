@@ -2,7 +2,7 @@
 
 #include "dropout_add_layer_norm.h"
 
-#include "autograd.h"
+#include "direct.h"
 #include "rng.h"
 #include "row_work.h"
 
@@ -141,11 +141,34 @@ std::tuple<Tensor, Tensor> dropout_add_layer_norm_grad(const Tensor& input, cons
     return {out, sum};
 }
 
+std::optional<std::tuple<Tensor, Tensor>> dropout_add_layer_norm_direct(
+    const Argument& input, const Argument& residual, const Argument& weight, const Argument& bias,
+    const Argument& input_bias, Number dropout_p, Number eps, bool prenorm) {
+    if (!usual({&input, &residual, &weight, &bias, &input_bias}) || !input.floating() || !input->dim() ||
+        !is_parameter(residual, input, input->sizes()) || !is_probability(dropout_p))
+        return {};
+    const auto hidden = input->sizes().slice(input->dim() - 1);
+    if (!weight.given() || !is_norm_parameter(weight, input, hidden) ||
+        !is_norm_parameter(bias, input, hidden) ||
+        (input_bias.given() && !is_parameter(input_bias, input, hidden)))
+        return {};
+    return compute([&] {
+        const OptionalTensor b = bias.optional(), c = input_bias.optional(), rng = draw_rng(dropout_p);
+        if (wants_grad({&input, &residual, &weight, &bias, &input_bias}))
+            return dropout_add_layer_norm_grad(*input, *residual, *weight, b, c, rng, dropout_p, eps,
+                                               prenorm);
+        const auto [out, sum, mean, rstd] =
+            dropout_add_layer_norm_fwd(*input, *residual, *weight, b, c, rng, dropout_p, eps);
+        return std::tuple(out, sum);
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("dropout_add_layer_norm_fwd", dropout_add_layer_norm_fwd, release());
     m.def("dropout_add_layer_norm_bwd", dropout_add_layer_norm_bwd, release());
     m.def("dropout_add_layer_norm_grad", released(dropout_add_layer_norm_grad));
+    define_direct(m, "dropout_add_layer_norm_direct", dropout_add_layer_norm_direct);
 });
 
 }  // namespace

@@ -2,7 +2,9 @@
 
 #include "embedding_layer_norm.h"
 
-#include "autograd.h"
+#include <ATen/ExpandUtils.h>
+
+#include "direct.h"
 #include "rng.h"
 #include "row_work.h"
 
@@ -195,11 +197,64 @@ Tensor embedding_layer_norm_grad(const Tensor& input_ids, const OptionalTensor& 
     return out;
 }
 
+bool are_ids(const Argument& ids) {
+    return ids.given() && (ids->scalar_type() == at::kLong || ids->scalar_type() == at::kInt);
+}
+
+template <class Id>
+bool all_below(const Tensor& ids, int64_t entries) {
+    const Id *const first = ids.const_data_ptr<Id>(), *const last = first + ids.numel();
+    return std::all_of(first, last, [=](Id id) { return static_cast<uint64_t>(id) < uint64_t(entries); });
+}
+
+bool are_rows_of(const Tensor& table, const Tensor& ids) {
+    const Tensor dense = ids.contiguous();
+    return ids.scalar_type() == at::kInt ? all_below<int>(dense, table.size(0))
+                                         : all_below<int64_t>(dense, table.size(0));
+}
+
+// Both absent, or `ids` that broadcast to `input_ids` beside a table like that of words.
+bool is_lookup(const Argument& ids, const Argument& table, const Argument& input_ids, const Argument& word) {
+    if (!ids.given() && !table.given()) return true;
+    return are_ids(ids) && table.given() && table.like(word) && table->dim() == 2 &&
+           table->size(1) == word->size(1) && at::is_expandable_to(ids->sizes(), input_ids->sizes()) &&
+           are_rows_of(*table, *ids);
+}
+
+std::optional<Tensor> embedding_layer_norm_direct(const Argument& word, const Argument& input_ids,
+                                                  const Argument& token_type_ids,
+                                                  const Argument& position_ids, const Argument& position,
+                                                  const Argument& token_type, const Argument& weight,
+                                                  const Argument& bias, Number eps,
+                                                  std::optional<int64_t> padding_idx, Number dropout_p) {
+    if (!usual({&input_ids, &token_type_ids, &position_ids, &word, &position, &token_type, &weight, &bias}) ||
+        !word.floating() || word->dim() != 2 || !are_ids(input_ids) || !is_probability(dropout_p))
+        return {};
+    const int64_t entries = word->size(0), row = padding_idx.value_or(0);
+    const auto hidden = word->sizes().slice(1);
+    if (!weight.given() || !is_norm_parameter(weight, word, hidden) ||
+        !is_norm_parameter(bias, word, hidden) || row < -entries || row >= std::max<int64_t>(entries, 1) ||
+        !are_rows_of(*word, *input_ids) || !is_lookup(token_type_ids, token_type, input_ids, word) ||
+        !is_lookup(position_ids, position, input_ids, word))
+        return {};
+    return compute([&] {
+        const auto call = [&](auto function, auto... more) {
+            return function(*input_ids, token_type_ids.optional(), position_ids.optional(), *word,
+                            position.optional(), token_type.optional(), *weight, bias.optional(),
+                            draw_rng(dropout_p), dropout_p, eps, more...);
+        };
+        if (!wants_grad({&word, &position, &token_type, &weight, &bias}))
+            return std::get<0>(call(embedding_layer_norm_fwd));
+        return call(embedding_layer_norm_grad, !padding_idx ? -1 : row < 0 ? row + entries : row);
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("embedding_layer_norm_fwd", embedding_layer_norm_fwd, release());
     m.def("embedding_layer_norm_bwd", embedding_layer_norm_bwd, release());
     m.def("embedding_layer_norm_grad", released(embedding_layer_norm_grad));
+    define_direct(m, "embedding_layer_norm_direct", embedding_layer_norm_direct);
 });
 
 }  // namespace

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "autograd.h"
+#include "direct.h"
 #include "row_work.h"
 
 namespace pytorch_ext {
@@ -43,11 +43,19 @@ Tensor gelu_grad(const Tensor& input, const std::string& approximate) {
     return out;
 }
 
+std::optional<Tensor> gelu_direct(const Argument& input, const std::string& approximate) {
+    if (!usual({&input}) || !input.floating() || !is_approximation(approximate)) return {};
+    return compute([&] {
+        return wants_grad({&input}) ? gelu_grad(*input, approximate) : gelu_fwd(*input, approximate);
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("gelu_fwd", gelu_fwd, release());
     m.def("gelu_bwd", gelu_bwd, release());
     m.def("gelu_grad", released(gelu_grad));
+    define_direct(m, "gelu_direct", gelu_direct);
 });
 
 }  // namespace

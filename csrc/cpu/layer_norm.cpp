@@ -2,7 +2,7 @@
 
 #include "layer_norm.h"
 
-#include "autograd.h"
+#include "direct.h"
 #include "row_work.h"
 
 namespace pytorch_ext {
@@ -81,11 +81,39 @@ Tensor layer_norm_grad(const Tensor& input, const std::vector<int64_t>& normaliz
     return out;
 }
 
+// An int or a sequence of ints; nothing if it is none, or empty.
+std::vector<int64_t> sizes_of(pybind11::handle shape) {
+    if (PyLong_CheckExact(shape.ptr())) return {shape.cast<int64_t>()};
+    std::vector<int64_t> sizes;
+    if (!PyTuple_Check(shape.ptr()) && !PyList_Check(shape.ptr())) return {};
+    for (const pybind11::handle size : shape) {
+        if (!PyLong_CheckExact(size.ptr())) return {};
+        sizes.push_back(size.cast<int64_t>());
+    }
+    return sizes;
+}
+
+std::optional<Tensor> layer_norm_direct(const Argument& input, pybind11::handle normalized_shape,
+                                        const Argument& weight, const Argument& bias, Number eps) {
+    if (!usual({&input, &weight, &bias}) || !input.floating()) return {};
+    const auto shape = sizes_of(normalized_shape);
+    const int64_t outer = input->dim() - static_cast<int64_t>(shape.size());
+    if (shape.empty() || outer < 0 || input->sizes().slice(outer) != shape ||
+        !is_norm_parameter(weight, input, shape) || !is_norm_parameter(bias, input, shape))
+        return {};
+    return compute([&] {
+        const OptionalTensor w = weight.optional(), b = bias.optional();
+        return wants_grad({&input, &weight, &bias}) ? layer_norm_grad(*input, shape, w, b, eps)
+                                                    : std::get<0>(layer_norm_fwd(*input, shape, w, b, eps));
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("layer_norm_fwd", layer_norm_fwd, release());
     m.def("layer_norm_bwd", layer_norm_bwd, release());
     m.def("layer_norm_grad", released(layer_norm_grad));
+    define_direct(m, "layer_norm_direct", layer_norm_direct);
 });
 
 }  // namespace

@@ -4,19 +4,29 @@
 
 #include <string>
 
-#include "autograd.h"
+#include "direct.h"
 #include "layouts.h"
 #include "pair_products.h"
 #include "product.h"
 
 namespace pytorch_ext {
 
-Activation activation_of(const std::string& name) {
+namespace {
+
+std::optional<Activation> known_activation(const std::string& name) {
     if (name == "none") return Activation::none;
     if (name == "relu") return Activation::relu;
     if (name == "gelu") return Activation::gelu;
-    TORCH_CHECK_VALUE(name == "gelu_tanh", "activation: expected none, relu, gelu or gelu_tanh, got ", name);
-    return Activation::gelu_tanh;
+    if (name == "gelu_tanh") return Activation::gelu_tanh;
+    return {};
+}
+
+}  // namespace
+
+Activation activation_of(const std::string& name) {
+    const auto found = known_activation(name);
+    TORCH_CHECK_VALUE(found, "activation: expected none, relu, gelu or gelu_tanh, got ", name);
+    return *found;
 }
 
 Tensor laid_out_for_inference(const Tensor& weight) {
@@ -172,11 +182,28 @@ Tensor linear_grad(const Tensor& input, const Tensor& weight, const OptionalTens
     return out;
 }
 
+std::optional<Tensor> linear_direct(const Argument& input, const Argument& weight, const Argument& bias,
+                                    const std::optional<std::string>& activation) {
+    if (!usual({&input, &weight, &bias}) || !input.floating() || !weight.given() || !weight.like(input) ||
+        !input->dim() || weight->dim() != 2 || input->size(-1) != weight->size(1) ||
+        (bias.given() && !is_parameter(bias, input, weight->sizes().slice(0, 1))))
+        return {};
+    if (activation && (*activation == "none" || !known_activation(*activation))) return {};
+    return compute([&] {
+        const OptionalTensor b = bias.optional();
+        const std::string name = activation.value_or("none");
+        return wants_grad({&input, &weight, &bias})
+                   ? linear_grad(*input, *weight, b, name)
+                   : std::get<0>(linear_fwd(*input, *weight, b, name, false, true));
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("linear_fwd", linear_fwd, release());
     m.def("linear_bwd", linear_bwd, release());
     m.def("linear_grad", released(linear_grad));
+    define_direct(m, "linear_direct", linear_direct);
 });
 
 }  // namespace

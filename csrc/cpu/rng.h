@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "dropout.h"
 #include "module.h"
@@ -22,6 +23,12 @@ inline std::optional<Dropout> make_dropout(const OptionalTensor& rng, double p) 
     dropout.seed = static_cast<uint64_t>(word[0]);
     dropout.offset = static_cast<uint32_t>(word[1]);
     return dropout;
+}
+
+// As ops/_raw.py draws it, from PyTorch's generator; none where there is no dropout.
+inline OptionalTensor draw_rng(double p) {
+    if (p <= 0.0) return std::nullopt;
+    return at::randint(std::numeric_limits<int64_t>::max(), {2}, at::kLong);
 }
 
 }  // namespace pytorch_ext

@@ -3,7 +3,7 @@
 #include <numeric>
 
 #include "attention_call.h"
-#include "autograd.h"
+#include "direct.h"
 
 namespace pytorch_ext {
 namespace {
@@ -167,11 +167,50 @@ Tensor varlen_attention_grad(const Tensor& query, const Tensor& key, const Tenso
     return out;
 }
 
+// 0, then the running sum of lengths up to `tokens`, none of them above `longest`.
+bool are_ends(const Argument& cu_seqlens, int64_t tokens, int64_t longest) {
+    if (!cu_seqlens.given() || cu_seqlens->scalar_type() != at::kInt || cu_seqlens->dim() != 1 ||
+        cu_seqlens->numel() < 1 || !cu_seqlens->is_contiguous())
+        return false;
+    const int* const ends = cu_seqlens->const_data_ptr<int>();
+    const int64_t batch = cu_seqlens->numel() - 1;
+    for (int64_t i = 0; i < batch; ++i)
+        if (ends[i + 1] < ends[i] || int64_t(ends[i + 1]) - ends[i] > longest) return false;
+    return ends[0] == 0 && ends[batch] == tokens;
+}
+
+std::optional<Tensor> varlen_attention_direct(const Argument& query, const Argument& key,
+                                              const Argument& value, const Argument& cu_seqlens_q,
+                                              const Argument& cu_seqlens_k, int64_t max_seqlen_q,
+                                              int64_t max_seqlen_k, Number dropout_p, bool is_causal,
+                                              std::optional<Number> scale) {
+    if (!usual({&query, &key, &value, &cu_seqlens_q, &cu_seqlens_k}) || !query.floating() ||
+        !is_probability(dropout_p))
+        return {};
+    for (const Argument* t : {&query, &key, &value})
+        if (!t->given() || !t->like(query) || (*t)->dim() != 3) return {};
+    const int64_t heads = query->size(1), key_heads = key->size(1), head_dim = query->size(2);
+    if (key->size(2) != head_dim || value->size(0) != key->size(0) || value->size(1) != key_heads ||
+        !(heads == key_heads || divides(key_heads, heads)) ||
+        !are_ends(cu_seqlens_q, query->size(0), max_seqlen_q) ||
+        !are_ends(cu_seqlens_k, key->size(0), max_seqlen_k) || !cu_seqlens_k.has(cu_seqlens_q->sizes()))
+        return {};
+    return compute([&] {
+        const auto call = [&](auto function) {
+            return function(*query, *key, *value, *cu_seqlens_q, *cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                            draw_rng(dropout_p), dropout_p, is_causal, scale_of(scale, head_dim));
+        };
+        return wants_grad({&query, &key, &value}) ? call(varlen_attention_grad)
+                                                  : std::get<0>(call(varlen_attention_fwd));
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
     using release = pybind11::call_guard<pybind11::gil_scoped_release>;
     m.def("varlen_attention_fwd", varlen_attention_fwd, release());
     m.def("varlen_attention_bwd", varlen_attention_bwd, release());
     m.def("varlen_attention_grad", released(varlen_attention_grad));
+    define_direct(m, "varlen_attention_direct", varlen_attention_direct);
 });
 
 }  // namespace

@@ -48,6 +48,13 @@ def differentiable(name: str, op: str) -> Callable | None:
 
 
 @functools.cache
+def direct_function(name: str, op: str) -> Callable | None:
+    """What does all of ``op`` in the backend ``name``, or returns None for a call that it leaves to the wrapper."""
+    found = _BACKENDS.get(name)
+    return found.direct_function(op) if hasattr(found, "direct_function") else None
+
+
+@functools.cache
 def ops() -> tuple[str, ...]:
     """Every op that there is: ``native`` can run them all."""
     return tuple(sorted(backend("native").kernels()))

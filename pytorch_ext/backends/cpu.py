@@ -27,6 +27,10 @@ def kernels() -> dict[str, Callable]:
     return {name: value for name, value in found.items() if name.endswith(("_fwd", "_bwd", "_grad"))}
 
 
+def direct_function(op: str) -> Callable | None:
+    return getattr(library(), f"{op}_direct", None)
+
+
 def why_not(op: str, *tensors: Tensor) -> list[str]:
     return [*_missing(), *on_device(tensors, "cpu"), *dtypes(tensors)]
 

@@ -71,7 +71,12 @@ def call(op: Callable, *args: Any) -> Any:
 
 
 def _plain(args: tuple) -> bool:
-    return PLAIN.issuperset(map(type, args))
+    return PLAIN.issuperset(map(type, args)) and not any(map(_in_disguise, args))
+
+
+def _in_disguise(value: Any) -> bool:
+    """Whether a tensor's memory holds something else than its numbers: PyTorch knows how to make them real."""
+    return isinstance(value, Tensor) and (value.is_neg() or value._is_zerotensor())
 
 
 def _watched() -> bool:

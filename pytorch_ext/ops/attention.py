@@ -7,6 +7,7 @@ from ..backends import choose
 from ..backends.native.attention import scaled_dot_product_attention as native
 from . import _checks as check
 from ._autocast import lowered
+from ._direct import direct
 from ._raw import apply, call, define, draw_rng, first_order, statistics_dtype, wants_grad
 
 
@@ -40,6 +41,19 @@ def scaled_dot_product_attention(
         ValueError: ``dropout_p`` outside [0, 1].
         RuntimeError: a shape, dtype or device that does not fit.
     """
+    out = direct(
+        "scaled_dot_product_attention",
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+    )
+    if out is not None:
+        return out
     _check(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     backend = choose("scaled_dot_product_attention", query, key, value, attn_mask)
     if backend == "native":

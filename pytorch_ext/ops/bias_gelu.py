@@ -6,6 +6,7 @@ from torch import Tensor
 from ..backends import choose
 from ..backends.native.bias_gelu import bias_gelu as native
 from . import _checks as check
+from ._direct import direct
 from ._raw import apply, call, define, first_order, wants_grad
 
 
@@ -20,6 +21,9 @@ def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     Returns:
         A tensor of the shape and dtype of ``input``.
     """
+    out = direct("bias_gelu", input, bias, approximate)
+    if out is not None:
+        return out
     check.floating("input", input)
     if input.dim() == 0:
         raise RuntimeError("input: expected at least one dimension, got a scalar")

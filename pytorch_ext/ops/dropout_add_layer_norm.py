@@ -7,6 +7,7 @@ from ..backends import choose
 from ..backends.native.dropout_add_layer_norm import dropout_add_layer_norm as native
 from . import _checks as check
 from ._autocast import raised
+from ._direct import direct
 from ._raw import (
     apply,
     call,
@@ -50,6 +51,10 @@ def dropout_add_layer_norm(
         ValueError: ``dropout_p`` outside [0, 1].
         RuntimeError: a shape, dtype or device that does not fit.
     """
+    p = dropout_p if training else 0.0
+    outs = direct("dropout_add_layer_norm", input, residual, weight, bias, input_bias, p, eps, prenorm)
+    if outs is not None:
+        return outs if prenorm else outs[0]
     check.floating("input", input)
     if input.dim() == 0:
         raise RuntimeError("input: expected shape (*, hidden), got a scalar")

@@ -7,6 +7,7 @@ from ..backends import choose
 from ..backends.native.embedding_layer_norm import embedding_layer_norm as native
 from . import _checks as check
 from ._autocast import raised
+from ._direct import direct
 from ._raw import (
     apply,
     call,
@@ -55,6 +56,11 @@ def embedding_layer_norm(
         ValueError: ``dropout_p`` outside [0, 1], ids without a table or a table without ids.
         RuntimeError: a shape, dtype or device that does not fit.
     """
+    ids = (input_ids, token_type_ids, position_ids)
+    p = dropout_p if training else 0.0
+    out = direct("embedding_layer_norm", word, *ids, position, token_type, weight, bias, eps, padding_idx, p)
+    if out is not None:
+        return out
     check.floating("word", word)
     check.dims("word", word, 2, "(entries, hidden)")
     check.ids("input_ids", input_ids, "word", word)
@@ -70,7 +76,7 @@ def embedding_layer_norm(
     if not training:
         dropout_p = 0.0
     backend = choose("embedding_layer_norm", word, position, token_type, weight, bias)
-    arguments = (input_ids, token_type_ids, position_ids, word, position, token_type, weight, bias)
+    arguments = (*ids, word, position, token_type, weight, bias)
     if backend == "native":
         if torch.compiler.is_compiling():
             return native(*arguments, eps, padding_idx, dropout_p)

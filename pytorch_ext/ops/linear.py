@@ -7,6 +7,7 @@ from ..backends import choose
 from ..backends.native.linear import linear as native
 from . import _checks as check
 from ._autocast import lowered
+from ._direct import direct
 from ._raw import apply, call, define, first_order, like_or_empty, none_if_absent, wants_grad
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh")
@@ -26,6 +27,9 @@ def linear(
     Returns:
         ``(*, out_features)``; under autocast in its dtype.
     """
+    out = direct("linear", input, weight, bias, activation)
+    if out is not None:
+        return out
     check.floating("input", input)
     check.floating("weight", weight)
     check.dims("weight", weight, 2, "(out_features, in_features)")

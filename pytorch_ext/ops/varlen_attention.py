@@ -7,6 +7,7 @@ from ..backends import choose
 from ..backends.native.varlen_attention import varlen_attention as native
 from . import _checks as check
 from ._autocast import lowered
+from ._direct import direct
 from ._raw import apply, call, define, draw_rng, first_order, statistics_dtype, wants_grad
 
 
@@ -45,6 +46,10 @@ def varlen_attention(
             have to be waited for).
         RuntimeError: a shape, dtype or device that does not fit.
     """
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    out = direct("varlen_attention", query, key, value, *lengths, dropout_p, is_causal, scale)
+    if out is not None:
+        return out
     _check(query, key, value, dropout_p)
     _check_cu_seqlens("q", cu_seqlens_q, max_seqlen_q, "query", query)
     if cu_seqlens_k is not cu_seqlens_q or max_seqlen_k != max_seqlen_q or key.shape[0] != query.shape[0]:
@@ -52,7 +57,6 @@ def varlen_attention(
         if cu_seqlens_k.shape != cu_seqlens_q.shape:
             check.shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
     backend = choose("varlen_attention", query, key, value)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if backend == "native":
         return native(query, key, value, *lengths, dropout_p, is_causal, scale)
     query, key, value = lowered(query, key, value)

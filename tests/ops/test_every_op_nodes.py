@@ -18,9 +18,14 @@ pytestmark = pytest.mark.skipif(cpu.library() is None, reason="; ".join(backends
 
 
 @pytest.fixture
-def by_python(monkeypatch):
+def by_python(monkeypatch, the_long_way):
     """Makes nodes by Python's functions from now on."""
-    return lambda: monkeypatch.setattr(_raw, "differentiable", lambda name, op: None)
+
+    def switch():
+        the_long_way()
+        monkeypatch.setattr(_raw, "differentiable", lambda name, op: None)
+
+    return switch
 
 
 @pytest.fixture(params=["compiled", "python"])
