@@ -24,17 +24,11 @@ FASTEST: dict[tuple[str, str], str] = {
 
 # From how many elements of its first tensor on. Below, a kernel of ours saves less than it costs to call it.
 WORTHWHILE: dict[tuple[str, str], int] = {
-    ("bias_gelu", "cpu"): 2**14,
+    ("bias_gelu", "cpu"): 2**11,
     ("dropout_add_layer_norm", "cpu"): 2**14,
-    ("gelu", "cpu"): 2**17,
-    ("layer_norm", "cpu"): 2**18,
-    ("linear", "cpu"): 2**11,
-}
-
-# In place of that where gradients are recorded, which costs twice: a forward of ours then lays its weight out anew.
-WORTHWHILE_TRAINED: dict[tuple[str, str], int] = {
-    ("layer_norm", "cpu"): 2**19,
-    ("linear", "cpu"): 2**16,
+    ("gelu", "cpu"): 2**11,
+    ("layer_norm", "cpu"): 2**15,
+    ("linear", "cpu"): 2**10,
 }
 
 # Under ``torch.compile`` without gradients, where that differs: Inductor makes one loop of PyTorch's op and of its
@@ -59,11 +53,8 @@ def fastest(op: str, tensor: Tensor) -> str:
     if torch.compiler.is_compiling():
         # Of no size: a graph is for many, and calls without Python in between.
         return backend if torch.is_grad_enabled() else COMPILED_INFERENCE.get(row, backend)
-    least = WORTHWHILE.get(row, 0)
-    if torch.is_grad_enabled():
-        least = WORTHWHILE_TRAINED.get(row, least)
     # A tensor without elements stands for those of any size, as where a report asks.
-    return "native" if 0 < tensor.numel() < least else backend
+    return "native" if 0 < tensor.numel() < WORTHWHILE.get(row, 0) else backend
 
 
 def _device(tensor: Tensor) -> str:

@@ -64,7 +64,6 @@ def fastest(monkeypatch) -> dict:
     table: dict[tuple[str, str], str] = {}
     monkeypatch.setattr(_auto, "FASTEST", table)
     monkeypatch.setattr(_auto, "WORTHWHILE", {})
-    monkeypatch.setattr(_auto, "WORTHWHILE_TRAINED", {})
     return table
 
 

@@ -50,7 +50,7 @@ def test_every_row_names_what_exists():
     for (op, device), name in REAL.items():
         assert f"{op}_fwd" in backends._registry.backend("reference").kernels() and name in backends.names()
         assert device == "cpu" or device in TABLE
-    assert backends._auto.WORTHWHILE.keys() | backends._auto.WORTHWHILE_TRAINED.keys() <= REAL.keys()
+    assert backends._auto.WORTHWHILE.keys() <= REAL.keys()
     assert backends._auto.COMPILED_INFERENCE.keys() <= REAL.keys()
     assert set(backends._auto.COMPILED_INFERENCE.values()) <= set(backends.names())
 
@@ -78,10 +78,6 @@ def test_a_row_counts_from_a_size_on(fastest, monkeypatch):
     monkeypatch.setitem(backends._auto.WORTHWHILE, ("gelu", "cpu"), 10)
     assert [backends.choose("gelu", torch.empty(n)) for n in (1, 9, 10)] == ["native", "native", "reference"]
     assert backends.choose("gelu", torch.empty(0)) == "reference", "as a report asks"
-    monkeypatch.setitem(backends._auto.WORTHWHILE_TRAINED, ("gelu", "cpu"), 20)
-    for trained, takes in ((True, ["native", "reference"]), (False, ["reference", "reference"])):
-        with torch.set_grad_enabled(trained):
-            assert [backends.choose("gelu", torch.empty(n)) for n in (19, 20)] == takes
 
 
 def test_without_measurements_native(fastest):

@@ -102,7 +102,6 @@ def test_transforms_go_to_native_under_auto(
     # As if `reference` had been measured to be the fastest: auto must leave it for this.
     monkeypatch.setitem(backends._auto.FASTEST, (case.op, "cpu"), "reference")
     monkeypatch.setattr(backends._auto, "WORTHWHILE", {})
-    monkeypatch.setattr(backends._auto, "WORTHWHILE_TRAINED", {})
     call, values = of_floats(case.ours, inputs_of(case, "native", torch.float64))
     eager, _ = of_floats(case.eager, inputs_of(case, "native", torch.float64))
     assert backends.choose(case.op, *values) == "reference"
