@@ -46,8 +46,8 @@ struct Attention {
     const Dropout* dropout;  // null: none
     bool causal;
     float scale;
-    bool
-        inference;  // nothing will be differentiated, so forward need not take the very powers that backward takes
+    // Nothing will be differentiated: forward need not take the very powers that backward takes, and leaves lse.
+    bool inference;
     ptrdiff_t threads;
 
     // Set by the plan.

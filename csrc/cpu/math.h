@@ -6,37 +6,48 @@
 
 namespace pytorch_ext::PYTORCH_EXT_ISA {
 
-// e^x; 0 below -87.3 (where the result would be subnormal) and for -inf, inf above 88.3 (a little early), NaN for NaN.
-PX_INLINE F exp(F x) {
-    const F bounded = min(max(x, set(-87.3f)), set(88.3f));
+// e^x between -88 and 88.3; 0 at -88.
+PX_INLINE F exp_within(F x) {
     // x = n ln 2 + r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-    const F shifted = bounded * 1.44269504f + 12582912.0f;
+    const F shifted = x * 1.44269504f + 12582912.0f;
     const F n = shifted - 12582912.0f;
-    const F r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     F p = r * 0.00139336555f + 0.00836318357f;
     p = p * r + 0.0416664649f;
     p = p * r + 0.16666577f;
     p = p * r + 0.500000001f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const F y = p * bits<F>((bits<I>(shifted) + 127) << 23);
+    return p * bits<F>((bits<I>(shifted) + 127) << 23);
+}
+
+// e^x; 0 below -87.3 (where the result would be subnormal) and for -inf, inf above 88.3 (a little early), NaN for NaN.
+PX_INLINE F exp(F x) {
+    const F y = exp_within(min(max(x, set(-87.3f)), set(88.3f)));
     const F inside = x < -87.3f ? F{} : y;
     return x > 88.3f ? x * __builtin_huge_valf() : x == x ? inside : x;
 }
 
-// 2^x for x <= 0, or NaN; 0 where the exponent would be below that of any number that is not subnormal.
-PX_INLINE F exp2_of_negative(F x) {
-    // x = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to an integer and leaves n + 127 in the low bits.
+// e^x for x <= 0, or NaN; 0 where the exponent would be below that of any number that is not subnormal.
+PX_INLINE F exp_of_negative(F x) { return exp_within(max(set(-88.0f), x)); }  // in this order NaN stays
+
+// 2^(x power) between -127 and 127; 0 at -127.
+PX_INLINE F exp2_within(F x, float power) {
+    // x power = n + r with |r| <= 1/2: adding 1.5 * 2^23 rounds to an integer and leaves n + 127 in the low bits.
     constexpr float ROUND = 12582912.0f + 127.0f;
-    const F bounded = max(set(-127.0f), x);  // in this order NaN stays
-    const F shifted = bounded + ROUND;
-    const F r = bounded - (shifted - ROUND);
+    const F shifted = x * power + ROUND;
+    const F r = x * power - (shifted - ROUND);
     // In pairs: one after another each would wait for the one before.
     const F s = r * r;
     const F high = (r * 0.00133988739f + 0.00961843692f) + s * 0.00015353362f;
     const F middle = r * 0.0555033237f + 0.240226477f;
     const F p = (high * s + middle) * s + (r * 0.693147182f + 1.0f);
     return p * bits<F>(bits<I>(shifted) << 23);
+}
+
+// 2^(x power) for x <= 0, or NaN; 0 where the exponent would be below that of any number that is not subnormal.
+PX_INLINE F exp2_of_negative(F x, float power) {
+    return exp2_within(max(set(-127.0f / power), x), power);  // in this order NaN stays
 }
 
 // x, but no further from 0 than the bound; NaN where x is NaN.

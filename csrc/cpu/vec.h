@@ -155,8 +155,17 @@ PX_INLINE float sum(F x) {
         return x[0];
 }
 
+// The second one where either is NaN. (Of a constant and a variable g++ makes a comparison and a blend.)
+#if defined(__AVX512F__)
+PX_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+PX_INLINE F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+PX_INLINE F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+PX_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 PX_INLINE F max(F a, F b) { return a > b ? a : b; }
 PX_INLINE F min(F a, F b) { return a < b ? a : b; }
+#endif
 
 template <int STEP = W / 2>
 PX_INLINE float max(F x) {

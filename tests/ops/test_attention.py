@@ -197,8 +197,10 @@ def test_opcheck(kernel_backend, layout, options, device_of):
 def test_what_a_kernel_saves(kernel_backend, device_of):
     """The output lies in memory as the next linear layer reads it; lse is float32, a natural logarithm."""
     device = device_of(kernel_backend)
-    q, k, v = (t.to(device, torch.bfloat16) for t in inputs(torch.Generator().manual_seed(0)).values())
-    mask = padding_mask((9, 0), 9, device)[:, None, None]
+    q, k, v = (
+        t.to(device, torch.bfloat16) for t in inputs(torch.Generator().manual_seed(0), k_len=100).values()
+    )
+    mask = padding_mask((100, 0), 100, device)[:, None, None]
     out, lse = scaled_dot_product_attention_fwd(q, k, v, mask, None, 0.0, False, 0.25, kernel_backend)
     assert out.transpose(1, 2).is_contiguous()
     assert lse.dtype == torch.float32 and lse.shape == (2, 3, 5)

@@ -91,6 +91,28 @@ def test_the_first_keys_hidden_by_the_mask(backend, check_contract):
 test_the_first_keys_hidden_by_the_mask.not_in_interpreter = True
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("reach", "size"), [(40, 1.0), (59, 1.0), (59, 1e-25), (59, 1e30), (61, 1.0), (160, 1.0), (59, 0.0)]
+)
+def test_scores_far_from_0(backend, reach, size, is_causal, check_contract):
+    """Powers of all scores of a query lie near 2^reach, or near 2^-reach: a kernel may know and use that."""
+
+    def make(g):
+        made = qkv(g, k_len=100, q_len=90)
+        one = normal(g, 16)
+        query, key = (F.normalize(one + 0.5 * made[name], dim=-1) for name in ("query", "key"))
+        query[..., ::2, :] *= -1.0
+        return {"query": query * reach * math.log(2.0) * 4.0, "key": key, "value": made["value"] * size}
+
+    call = lambda **t: ops.scaled_dot_product_attention(**t, is_causal=is_causal)  # noqa: E731
+    eager = lambda **t: F.scaled_dot_product_attention(**t, is_causal=is_causal)  # noqa: E731
+    check_contract(backend, call, eager, make, torch.float32, gradients=False)
+
+
+test_scores_far_from_0.not_in_interpreter = True
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("k_len", [70, 1100])
 def test_values_hidden_from_some_queries(kernel_backend, k_len, bad, device_of):

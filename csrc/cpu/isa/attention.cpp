@@ -17,6 +17,9 @@ constexpr ptrdiff_t MOST_UNITS = LONGEST_PASS / ROWS<Engine>;
 
 constexpr float LOG2_OF_E = 1.44269504f;
 
+// Between them neither a power nor what it is divided by is out of range.
+constexpr float SMALLEST_SCALE = 1e-30f, LARGEST_SCALE = 1e30f;
+
 template <class T, class Engine>
 struct ForwardTiles {
     using Left = typename Engine::Left;
@@ -57,7 +60,7 @@ PX_INLINE float exponentials(Left* weights, const float* products, const float* 
     F total{};
     each_score(n, [&](ptrdiff_t j, I live) {
         const F x = scores_at<MASKED>(products, mask, j, set(scale), live) - shift;
-        F weight = exp(x);
+        F weight = exp_of_negative(x);
         total += live ? weight : F{};
         if (factors) weight *= load(factors + j);
         store(weights + j, live ? weight : set(FORBIDDEN));
@@ -66,13 +69,13 @@ PX_INLINE float exponentials(Left* weights, const float* products, const float* 
     return sum(total);
 }
 
-// weights[j] = 2^(power (product - shift)), where no product is larger than `shift`; returns their sum.
-template <class Left>
-PX_INLINE float powers(Left* weights, const float* products, ptrdiff_t n, ptrdiff_t end, float shift,
-                       float power) {
+// weights[j] = power_of(product); returns their sum.
+template <class Left, class Power>
+PX_INLINE float powers(Left* weights, const float* products, ptrdiff_t n, ptrdiff_t end,
+                       const Power& power_of) {
     F total{};
     each_score(n, [&](ptrdiff_t j, I live) {
-        const F weight = exp2_of_negative((load(products + j) - shift) * power);
+        const F weight = power_of(load(products + j));
         total += live ? weight : F{};
         store(weights + j, live ? weight : set(FORBIDDEN));
     });
@@ -81,10 +84,64 @@ PX_INLINE float powers(Left* weights, const float* products, ptrdiff_t n, ptrdif
 }
 
 PX_INLINE float largest_product(const float* products, ptrdiff_t n) {
-    F largest = set(-INFINITE);
-    each_score(
-        n, [&](ptrdiff_t j, I live) { largest = max(largest, live ? load(products + j) : set(-INFINITE)); });
-    return max(largest);
+    F largest[4];
+    for (F& x : largest) x = set(-INFINITE);
+    ptrdiff_t j = 0;
+    for (; j + 4 * W <= n; j += 4 * W)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) largest[i] = max(largest[i], load(products + j + i * W));
+    each_score(n - j, [&](ptrdiff_t i, I live) {
+        largest[0] = max(largest[0], live ? load(products + j + i) : set(-INFINITE));
+    });
+    return max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+}
+
+// --- Scores near 0 ---
+
+// No score is further from 0 than the length of its query times that of its key. Where for a whole block that is near,
+// the powers are taken of the scores as they are: none needs the difference to the largest, nor the largest. (A length
+// that is NaN counts as none: all scores of its row are NaN, by whatever way.)
+
+constexpr float NEAR = 60.0f;             // as a power of 2
+constexpr ptrdiff_t FEWEST_BOUNDED = 64;  // keys: of fewer, to find the bound costs what it saves
+// With these as the largest value, and of LONGEST_PASS keys, no sum of products is out of range, nor subnormal.
+constexpr float SMALLEST_VALUE = 0x1p-40f, LARGEST_VALUE = 0x1p50f;
+
+template <class T>
+PX_INLINE float longest_row(const T* src, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t cols) {
+    float longest = 0.0f;
+    for (ptrdiff_t i = 0; i < rows; ++i, src += row) {
+        F squares{};
+        ptrdiff_t p = 0;
+        for (; p + W <= cols; p += W) squares += load(src + p) * load(src + p);
+        if (p < cols) squares += load(src + p, cols - p) * load(src + p, cols - p);
+        const float length = sum(squares);
+        if (length > longest) longest = length;
+    }
+    return __builtin_sqrtf(longest);
+}
+
+// Of a right matrix laid out as floats, k rows of n columns.
+PX_INLINE float longest_column(const float* panels, ptrdiff_t k, ptrdiff_t n) {
+    F longest{};
+    for (ptrdiff_t j = 0; j < n; j += NR) {
+        F left{}, right{};
+        for (ptrdiff_t p = 0; p < k; ++p, panels += NR) {
+            left += load(panels) * load(panels);
+            right += load(panels + W) * load(panels + W);
+        }
+        longest = max(left, max(right, longest));
+    }
+    return __builtin_sqrtf(max(longest));
+}
+
+PX_INLINE float largest_magnitude(const float* x, ptrdiff_t n) {
+    F left{}, right{};
+    for (ptrdiff_t i = 0; i < n; i += NR) {
+        left = max(abs(load(x + i)), left);
+        right = max(abs(load(x + i + W)), right);
+    }
+    return max(max(left, right));
 }
 
 template <class T, class Engine>
@@ -105,13 +162,13 @@ public:
         if (first_unit_ >= end_unit_) return;
         const Visible visible(a_, s_, key_head_ * group_, group_, t_.mask);
         masked_ = visible.masked;
-        // (Backward takes powers of e: with others in forward, gradients of keys had 2.2 times eager's largest error.)
-        plain_ = a_.inference && !masked_ && !a_.dropout && a_.scale > 0.0f && a_.scale < INFINITE;
+        plain_ = !masked_ && !a_.dropout && a_.scale > SMALLEST_SCALE && a_.scale < LARGEST_SCALE;
         if (visible.keys == 0) {
             for (ptrdiff_t unit = first_unit_; unit < end_unit_; ++unit) write_zeros(unit);
             return;
         }
         const bool one_pass = visible.keys <= a_.pass_keys;
+        bounded_ = plain_ && one_pass && visible.keys >= FEWEST_BOUNDED;
         for (ptrdiff_t first = 0; first < visible.keys; first += a_.pass_keys) {
             first_ = first;
             keys_ = least(a_.pass_keys, visible.keys - first);
@@ -135,6 +192,13 @@ private:
         const Finite<T> finite(values, a_.value.token, keys_, a_.value_dim, masked_ || a_.causal, t_.finite);
         Engine::pack_transposed(t_.keys, keys, a_.key.token, a_.head_dim, keys_);
         Engine::pack(t_.values, finite.data, finite.row, keys_, a_.value_dim);
+        if constexpr (sizeof(typename Engine::Left) == 4) {
+            const float value =
+                bounded_ ? largest_magnitude(t_.values, keys_ * round_up(a_.value_dim, NR)) : 0.0f;
+            reach_ = value >= SMALLEST_VALUE && value <= LARGEST_VALUE
+                         ? a_.scale * LOG2_OF_E * longest_column(t_.keys, a_.head_dim, keys_)
+                         : INFINITE;
+        }
         return finite.changed ? values : nullptr;
     }
 
@@ -147,7 +211,9 @@ private:
         multiply<Engine>(queries.data, queries.ld, t_.keys, a_.head_dim, keys_, rows, end, a_.head_dim,
                          t_.scores, t_.ld, false);
         float* sums = t_.sums + state * ROWS<Engine> * t_.sums_ld;
-        if (plain_)
+        if (reach_ < INFINITE && longest_row(queries.data, queries.ld, rows, a_.head_dim) * reach_ <= NEAR)
+            softmax_near_0(q, rows, end);
+        else if (plain_)
             softmax_of_block(q, rows, end, state * ROWS<Engine>, sums);
         else
             for (ptrdiff_t i = 0; i < rows; ++i)
@@ -180,32 +246,54 @@ private:
         const float shift = now == -INFINITE ? 0.0f : now;
         const float sum =
             masked_ ? exponentials<true>(weights, products, t_.mask, factors, n, end, a_.scale, shift)
-            : factors
-                ? exponentials<false>(weights, products, nullptr, factors, n, end, a_.scale, shift)
-                : exponentials<false>(weights, products, nullptr, (float*)nullptr, n, end, a_.scale, shift);
+                    : exponentials<false>(weights, products, nullptr, factors, n, end, a_.scale, shift);
         if (first_ > 0 && now != largest) rescale(exp(set(largest - shift)), total, sums);
         total = first_ > 0 ? total + sum : sum;
         largest = now;
     }
 
-    // The same for all rows of a tile where nothing is added to the scores and none is dropped. `largest` is of the
-    // products then. Row by row each would wait for its own before its first power; so all of those come first.
+    // The same for all rows of a tile where nothing is added to the scores and none is dropped. Row by row each would
+    // wait for its own largest before its first power; so all of those come first. In inference the powers are of 2, and
+    // `largest` is of the products. (Backward takes powers of e: with others in forward, gradients of keys had 2.2 times
+    // eager's largest error.)
     void softmax_of_block(ptrdiff_t q, ptrdiff_t rows, ptrdiff_t end, ptrdiff_t state, float* sums) {
         float now[ROWS<Engine>];
-        const float power = a_.scale * LOG2_OF_E;
-        for (ptrdiff_t i = 0; i < rows; ++i)
+        const float scale = a_.scale, power = scale * LOG2_OF_E;
+        for (ptrdiff_t i = 0; i < rows; ++i) {
             now[i] = largest_product(t_.scores + i * t_.ld, keys_of(q + i, end));
+            if (!a_.inference) now[i] *= scale;
+        }
         for (ptrdiff_t i = 0; i < rows; ++i, ++state, sums += t_.sums_ld) {
             float &largest = t_.largest[state], &total = t_.total[state];
             if (first_ > 0 && !(now[i] > largest)) now[i] = largest;
             const float shift = now[i] == -INFINITE ? 0.0f : now[i];
-            const float sum = powers(t_.weights + i * t_.ld, t_.scores + i * t_.ld, keys_of(q + i, end),
-                                     round_up(end, Engine::K_STEP), shift, power);
+            const float sum =
+                a_.inference
+                    ? row_powers(q, i, end, [&](F x) { return exp2_of_negative(x - shift, power); })
+                    : row_powers(q, i, end, [&](F x) { return exp_of_negative(rounded(x * scale) - shift); });
             if (first_ > 0 && now[i] != largest)
-                rescale(exp2_of_negative(set((largest - shift) * power)), total, sums);
+                rescale(a_.inference ? exp2_of_negative(set(largest - shift), power)
+                                     : exp_of_negative(set(largest - shift)),
+                        total, sums);
             total = first_ > 0 ? total + sum : sum;
             largest = now[i];
         }
+    }
+
+    void softmax_near_0(ptrdiff_t q, ptrdiff_t rows, ptrdiff_t end) {
+        const float scale = a_.scale, power = scale * LOG2_OF_E;
+        for (ptrdiff_t i = 0; i < rows; ++i) {
+            t_.largest[i] = 0.0f;
+            t_.total[i] = a_.inference
+                              ? row_powers(q, i, end, [&](F x) { return exp2_within(x, power); })
+                              : row_powers(q, i, end, [&](F x) { return exp_within(rounded(x * scale)); });
+        }
+    }
+
+    template <class Power>
+    PX_INLINE float row_powers(ptrdiff_t q, ptrdiff_t i, ptrdiff_t end, const Power& power_of) {
+        return powers(t_.weights + i * t_.ld, t_.scores + i * t_.ld, keys_of(q + i, end),
+                      round_up(end, Engine::K_STEP), power_of);
     }
 
     // How many of the `end` keys of this pass a query may look at.
@@ -232,8 +320,7 @@ private:
                 fill(out, a_.value_dim, 0.0f);
                 continue;
             }
-            lse[i] =
-                t_.largest[state * ROWS<Engine> + i] * (plain_ ? a_.scale : 1.0f) + __builtin_logf(total);
+            if (!a_.inference) lse[i] = t_.largest[state * ROWS<Engine> + i] + __builtin_logf(total);
             store_row(out, sums, a_.value_dim, 1.0f / total);
         }
     }
@@ -264,6 +351,8 @@ private:
     ptrdiff_t key_head_, group_, blocks_, first_unit_, end_unit_;
     ptrdiff_t first_ = 0, keys_ = 0;  // of this pass
     bool masked_ = false, plain_ = false;
+    bool bounded_ = false;    // whether to look for a bound of the scores
+    float reach_ = INFINITE;  // of a query of length 1 that bound, as a power of 2
 };
 
 template <class T, class Engine>
