@@ -3,7 +3,6 @@
 #include <ATen/ExpandUtils.h>
 
 #include "attention_call.h"
-#include "direct.h"
 
 namespace pytorch_ext {
 namespace {

@@ -3,7 +3,7 @@
 // What the ATen sides of dense and of packed attention share.
 
 #include "attention.h"
-#include "module.h"
+#include "direct.h"
 #include "pair_products.h"
 #include "rng.h"
 
@@ -14,6 +14,9 @@ namespace pytorch_ext {
 void attend_packed(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
                    const Tensor& cu_seqlens_k, const OptionalTensor& rng, double dropout_p, bool is_causal,
                    double scale, const Tensor& out, const Tensor& lse, bool inference = false);
+
+// Whether `cu_seqlens` are 0, then the running sum of lengths up to `tokens`, none of them above `longest`.
+bool are_ends(const Argument& cu_seqlens, int64_t tokens, int64_t longest);
 
 inline Tensor with_dense_rows(const Tensor& t) {
     return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();

@@ -47,7 +47,7 @@ inline bool is_norm_parameter(const Argument& parameter, const Argument& input, 
 
 // A parameter of the sizes and dtype that `input` asks for.
 inline bool is_parameter(const Argument& parameter, const Argument& input, at::IntArrayRef sizes) {
-    return parameter.given() && parameter.has(sizes) && parameter.like(input);
+    return parameter.usual && parameter.given() && parameter.has(sizes) && parameter.like(input);
 }
 
 inline bool is_probability(double p) { return p >= 0.0 && p <= 1.0; }

@@ -100,7 +100,69 @@ Tensor encoder_layer_fwd(const Tensor& input, const std::vector<Tensor>& in_weig
     return out;
 }
 
+bool is_matrix(const Argument& weight, const Argument& like, int64_t rows, int64_t cols) {
+    return is_parameter(weight, like, {rows, cols});
+}
+
+// Ends of sequences of one length.
+Argument ends_of_equals(int64_t tokens, int64_t seqlen) {
+    if (seqlen < 1 || tokens % seqlen) return {};
+    const Tensor ends = at::empty({tokens / seqlen + 1}, at::kInt);
+    for (int64_t i = 0; i < ends.numel(); ++i) ends.mutable_data_ptr<int>()[i] = int(i * seqlen);
+    return {ends};
+}
+
+// The wrapper's caller has looked at what the layer is made of; whether it fits together is looked at here. `input` may
+// have any number of dimensions.
+std::optional<Tensor> encoder_layer_direct(const Argument& input, const std::vector<Argument>& in_weights,
+                                           const std::vector<Argument>& in_biases, const Argument& out_weight,
+                                           const Argument& out_bias, const Argument& norm1_weight,
+                                           const Argument& norm1_bias, const Argument& up_weight,
+                                           const Argument& up_bias, const Argument& down_weight,
+                                           const Argument& down_bias, const Argument& norm2_weight,
+                                           const Argument& norm2_bias, const Argument& cu_seqlens,
+                                           int64_t max_seqlen, int64_t heads, const std::string& activation,
+                                           bool is_causal, Number scale, Number eps1, Number eps2) {
+    if (!usual({&input, &cu_seqlens}) || !input.floating() || input->dim() < 2 || !input->numel() ||
+        wants_grad({&input}))
+        return {};
+    const int64_t width = input->size(-1), tokens = input->numel() / width;
+    const int64_t parts = in_weights.size(), inner = up_bias.given() ? up_bias->numel() : 0;
+    const Argument ends = cu_seqlens.given() ? cu_seqlens : ends_of_equals(tokens, max_seqlen);
+    if (heads < 1 || width % heads || parts < 1 || (3 * width) % parts ||
+        in_biases.size() != in_weights.size() || !known_activation(activation) ||
+        !are_ends(ends, tokens, max_seqlen))
+        return {};
+    std::vector<Tensor> weights;
+    std::vector<OptionalTensor> biases;
+    for (int64_t i = 0; i < parts; ++i) {
+        const Argument &weight = in_weights[i], &bias = in_biases[i];
+        if (!is_matrix(weight, input, 3 * width / parts, width) ||
+            !is_parameter(bias, input, {3 * width / parts}) || wants_grad({&weight, &bias}))
+            return {};
+        weights.push_back(*weight);
+        biases.push_back(*bias);
+    }
+    for (const Argument* t : {&out_bias, &norm1_weight, &down_bias, &norm2_weight})
+        if (!is_parameter(*t, input, {width})) return {};
+    for (const Argument* t : {&norm1_bias, &norm2_bias})
+        if (!t->usual || (t->given() && !is_parameter(*t, input, {width}))) return {};
+    if (!is_matrix(out_weight, input, width, width) || !is_matrix(up_weight, input, inner, width) ||
+        !is_parameter(up_bias, input, {inner}) || !is_matrix(down_weight, input, width, inner) ||
+        wants_grad({&out_weight, &out_bias, &norm1_weight, &norm1_bias, &up_weight, &up_bias, &down_weight,
+                    &down_bias, &norm2_weight, &norm2_bias}))
+        return {};
+    return compute([&] {
+        return encoder_layer_fwd(input->reshape({-1, width}), weights, biases, *out_weight, *out_bias,
+                                 *norm1_weight, norm1_bias.optional(), *up_weight, *up_bias, *down_weight,
+                                 *down_bias, *norm2_weight, norm2_bias.optional(), *ends, max_seqlen, heads,
+                                 activation, is_causal, scale, eps1, eps2)
+            .view(input->sizes());
+    });
+}
+
 const Definition definition([](pybind11::module_& m) {
+    define_direct(m, "encoder_layer_direct", encoder_layer_direct);
     m.def("encoder_layer_fwd", encoder_layer_fwd, pybind11::call_guard<pybind11::gil_scoped_release>());
 });
 

@@ -11,8 +11,6 @@
 
 namespace pytorch_ext {
 
-namespace {
-
 std::optional<Activation> known_activation(const std::string& name) {
     if (name == "none") return Activation::none;
     if (name == "relu") return Activation::relu;
@@ -20,8 +18,6 @@ std::optional<Activation> known_activation(const std::string& name) {
     if (name == "gelu_tanh") return Activation::gelu_tanh;
     return {};
 }
-
-}  // namespace
 
 Activation activation_of(const std::string& name) {
     const auto found = known_activation(name);

@@ -18,7 +18,8 @@ Tensor lay_out_right(const Matrix& right, int64_t k, int64_t n, bool keep);
 // A weight (n, k) as `multiply` wants its transpose, remembered for as long as it stays as it is (see layouts.h).
 Tensor laid_out_for_inference(const Tensor& weight);
 
-Activation activation_of(const std::string& name);
+std::optional<Activation> known_activation(const std::string& name);
+Activation activation_of(const std::string& name);  // or an error
 
 // left[m][k] right[k][n] with its epilogue, `right` from lay_out_right. On tiles (see pair_products.h) the left matrix has
 // to lie in rows. For `left_sums` see Product.

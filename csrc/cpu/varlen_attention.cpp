@@ -3,7 +3,6 @@
 #include <numeric>
 
 #include "attention_call.h"
-#include "direct.h"
 
 namespace pytorch_ext {
 namespace {
@@ -97,6 +96,17 @@ void attend_packed(const Tensor& query, const Tensor& key, const Tensor& value, 
     });
 }
 
+bool are_ends(const Argument& cu_seqlens, int64_t tokens, int64_t longest) {
+    if (!cu_seqlens.given() || cu_seqlens->scalar_type() != at::kInt || cu_seqlens->dim() != 1 ||
+        cu_seqlens->numel() < 1 || !cu_seqlens->is_contiguous())
+        return false;
+    const int* const ends = cu_seqlens->const_data_ptr<int>();
+    const int64_t batch = cu_seqlens->numel() - 1;
+    for (int64_t i = 0; i < batch; ++i)
+        if (ends[i + 1] < ends[i] || int64_t(ends[i + 1]) - ends[i] > longest) return false;
+    return ends[0] == 0 && ends[batch] == tokens;
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -165,18 +175,6 @@ Tensor varlen_attention_grad(const Tensor& query, const Tensor& key, const Tenso
            {query, key, value, out, lse, cu_seqlens_q, cu_seqlens_k, or_undefined(rng)},
            {dropout_p, is_causal, scale});
     return out;
-}
-
-// 0, then the running sum of lengths up to `tokens`, none of them above `longest`.
-bool are_ends(const Argument& cu_seqlens, int64_t tokens, int64_t longest) {
-    if (!cu_seqlens.given() || cu_seqlens->scalar_type() != at::kInt || cu_seqlens->dim() != 1 ||
-        cu_seqlens->numel() < 1 || !cu_seqlens->is_contiguous())
-        return false;
-    const int* const ends = cu_seqlens->const_data_ptr<int>();
-    const int64_t batch = cu_seqlens->numel() - 1;
-    for (int64_t i = 0; i < batch; ++i)
-        if (ends[i + 1] < ends[i] || int64_t(ends[i + 1]) - ends[i] > longest) return false;
-    return ends[0] == 0 && ends[batch] == tokens;
 }
 
 std::optional<Tensor> varlen_attention_direct(const Argument& query, const Argument& key,

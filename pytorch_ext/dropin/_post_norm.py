@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..nn._whole import PostNorm, as_one
+from ..nn._whole import PostNorm, as_before, as_one
 from . import _bypass as bypass
 from ._attention import attend
 from ._blocks import linear_activation, query_key_value, residual_norm
@@ -48,7 +48,7 @@ class PostNormParts(NamedTuple):
     output: Sublayer
 
 
-def unhindered(parts: PostNormParts, containers: tuple[type[nn.Module], ...]) -> bool:
+def _unhindered(parts: PostNormParts, containers: tuple[type[nn.Module], ...]) -> bool:
     """Whether the modules are all that there is to the layer, and can be computed with as they are."""
     first, second = parts.attention_output, parts.output
     return undisturbed(
@@ -64,43 +64,59 @@ def unhindered(parts: PostNormParts, containers: tuple[type[nn.Module], ...]) ->
 
 def fused_layer(
     layer: nn.Module,
-    parts: PostNormParts,
+    parts_of: Callable[[nn.Module], PostNormParts],
     x: Tensor,
     mask: Tensor | None,
     packed: Packed | None,
     bias: Tensor | None = None,
-) -> Tensor:
-    """One layer on tokens ``(total_tokens, hidden)``, or on a padded batch ``(batch, seqlen, hidden)``."""
+) -> Tensor | None:
+    """One layer on tokens ``(total_tokens, hidden)``, or on a padded batch ``(batch, seqlen, hidden)``.
+
+    None where its own ``forward`` has to run, because something stands between its modules.
+    """
     padded = packed is not None and x.dim() == 3
-    if padded:
-        x = packed.unpad(x)
-    if isinstance(packed, Shared):
-        with scope(layer):
-            if bias is None and fits(parts):
-                x = layer_by_tokens(parts, x, packed)
-            else:
-                x = packed.part(fused_layer(layer, parts, packed.whole(x), None, packed.unshared, bias))
-        return packed.pad(x) if padded else x
-    rate = parts.attention_dropout
     with scope(layer):
-        plain = bias is None and (packed is not None or mask is None)
-        whole = _as_one(parts, x, packed) if plain else None
-        if whole is not None:
-            return packed.pad(whole) if padded else whole
-        context = attend(
-            *query_key_value(layer, (parts.query, parts.key, parts.value), parts.head_dim, x),
-            None if packed is not None else attention_mask(mask),
-            packed,
-            bypass.dropout_rate(rate) if rate.training else 0.0,
-            bias=bias,
-        )
-        x = residual_norm(*parts.attention_output, context, x)
-        hidden = linear_activation(parts.up, parts.activation, x)
-        x = residual_norm(*parts.output, hidden, x)
-    return packed.pad(x) if padded else x
+        out = _on_tokens(layer, parts_of, packed.unpad(x) if padded else x, mask, packed, bias)
+    return packed.pad(out) if padded and out is not None else out
 
 
-def _as_one(parts: PostNormParts, x: Tensor, packed: Packed | None) -> Tensor | None:
+def _on_tokens(
+    layer: nn.Module,
+    parts_of: Callable[[nn.Module], PostNormParts],
+    x: Tensor,
+    mask: Tensor | None,
+    packed: Packed | None,
+    bias: Tensor | None,
+) -> Tensor | None:
+    shared = isinstance(packed, Shared)
+    plain = bias is None and not shared and (packed is not None or mask is None)
+    whole = as_before(layer, x, packed) if plain else None
+    if whole is not None:
+        return whole
+    parts = parts_of(layer)
+    if not _unhindered(parts, layer.containers):
+        return None
+    if shared and bias is None and fits(parts):
+        return layer_by_tokens(parts, x, packed)
+    if shared:
+        return packed.part(_on_tokens(layer, parts_of, packed.whole(x), None, packed.unshared, bias))
+    whole = _as_one(layer, parts, x, packed) if plain else None
+    if whole is not None:
+        return whole
+    rate = parts.attention_dropout
+    context = attend(
+        *query_key_value(layer, (parts.query, parts.key, parts.value), parts.head_dim, x),
+        None if packed is not None else attention_mask(mask),
+        packed,
+        bypass.dropout_rate(rate) if rate.training else 0.0,
+        bias=bias,
+    )
+    x = residual_norm(*parts.attention_output, context, x)
+    hidden = linear_activation(parts.up, parts.activation, x)
+    return residual_norm(*parts.output, hidden, x)
+
+
+def _as_one(layer: nn.Module, parts: PostNormParts, x: Tensor, packed: Packed | None) -> Tensor | None:
     """The layer as one op, where a backend has it and nothing is in its way."""
 
     def of_three() -> PostNorm | None:
@@ -120,7 +136,7 @@ def _as_one(parts: PostNormParts, x: Tensor, packed: Packed | None) -> Tensor | 
             dropouts=(parts.attention_dropout, first.dropout, second.dropout),
         )
 
-    return as_one(x, packed, of_three, parts.head_dim)
+    return as_one(layer, x, packed, of_three, parts.head_dim)
 
 
 def bert_parts(layer: nn.Module) -> PostNormParts:

@@ -1,6 +1,5 @@
 """What an encoder is made of, to see in each call whether it still is."""
 
-import itertools
 import operator
 
 from torch import Tensor, nn
@@ -11,13 +10,13 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 class _Entries:
-    """What dictionaries held when this was made."""
+    """What dictionaries held when this was made; of ``hidden`` names, that they were there or not."""
 
-    def __init__(self, dictionaries: list[dict]):
+    def __init__(self, dictionaries: list[dict], hidden: str | None = None):
         self._dictionaries = dictionaries
         self._sizes = list(map(len, dictionaries))
-        self._owners = [d for d in dictionaries for _ in d]
-        self._names = [name for d in dictionaries for name in d]
+        found = [(d, name) for d in dictionaries for name in d if not (hidden and name.startswith(hidden))]
+        self._owners, self._names = [d for d, _ in found], [name for _, name in found]
         self.values = list(map(operator.getitem, self._owners, self._names))
 
     def unchanged(self) -> bool:
@@ -32,7 +31,8 @@ class Parts:
     """The modules, weights, hooks and modes below an encoder, as they were when this was made.
 
     A graph has taken weights by their addresses and the way through the modules as it was. All of it is compared in
-    each call, a thousand things for BERT-base: so by functions that loop in C. The encoder itself is not kept alive.
+    each call, a thousand things and more for BERT-base: so by functions that loop in C. The encoder itself is not kept
+    alive, nor anything looked at in what an attribute refers to.
 
     Attributes:
         hindrance: why no graph can be made of them; None if one can.
@@ -47,8 +47,9 @@ class Parts:
         hooks = [state[kind] for state in self._states[1:] for kind in _HOOKS]
         self._silent, self._hooks = [h for h in hooks if not h], [h for h in hooks if h]
         self._ids = list(map(list, self._hooks))
-        self._training = self._modes()
-        self._replaced = self._forwards()
+        self._attributes = _Entries(
+            self._states, hidden="_"
+        )  # modes and rates, a `forward` of an instance's own
         self.hindrance = self._hindrance(encoder)
         self._addresses = self._places()
 
@@ -60,8 +61,7 @@ class Parts:
             and self._places() == self._addresses
             and not any(self._silent)
             and list(map(list, self._hooks)) == self._ids
-            and self._modes() == self._training
-            and self._forwards() == self._replaced
+            and self._attributes.unchanged()
         )
 
     def need_grad(self) -> bool:
@@ -71,15 +71,8 @@ class Parts:
         # What is no ordinary tensor may have none; there are no graphs then.
         return [] if self.hindrance else list(map(Tensor.data_ptr, self._tensors))
 
-    def _modes(self) -> list[bool]:
-        return list(map(operator.itemgetter("training"), self._states))
-
-    def _forwards(self) -> list[bool]:
-        """Where an instance has a ``forward`` of its own."""
-        return list(map(operator.contains, self._states[1:], itertools.repeat("forward")))
-
     def _hindrance(self, encoder: nn.Module) -> str | None:
-        if any(self._training):
+        if any(state["training"] for state in self._states):
             return "it is in training mode"
         for weight in self._tensors:
             if type(weight) not in (Tensor, nn.Parameter):

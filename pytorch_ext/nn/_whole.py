@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.encoder_layer import backend_of, encoder_layer
+from ..ops.encoder_layer import backend_of, encoder_layer, encoder_layer_direct
 from . import _bypass as bypass
 from ._padding import Packed
+from ._parts import Parts
 
 
 class PostNorm(NamedTuple):
@@ -27,21 +29,53 @@ class PostNorm(NamedTuple):
     norm2: nn.Module
     dropouts: tuple[nn.Module, ...]
 
+    def ends(self) -> list[Tensor | None]:
+        """Weight and bias of each module behind Q, K and V, in their order."""
+        return [t for m in (self.out, self.norm1, self.up, self.down, self.norm2) for t in (m.weight, m.bias)]
+
+
+class _Known(NamedTuple):
+    """A layer that ran as one op: what it was made of then, and the op's arguments around those of a batch."""
+
+    parts: Parts
+    causal: bool
+    weights: tuple
+    options: tuple
+
+
+# Looking at each part of a layer takes as long as a product of some 50 rows.
+_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def as_before(module: nn.Module, x: Tensor, packed: Packed | None, causal: bool = False) -> Tensor | None:
+    """The layer ``module`` on ``x``, if it ran as one op before and nothing about it has changed since.
+
+    What changes without a trace in its modules is looked at here and by the op: modes, hooks on all modules, tensors.
+    """
+    if _is_cast_or_traced() or bypass.hooked_everywhere():
+        return None
+    known = _known.get(module)
+    if known is None or known.causal is not causal or not known.parts.unchanged():
+        return None
+    where = (None, x.shape[1]) if packed is None else (packed.cu_seqlens, packed.max_seqlen)
+    return encoder_layer_direct(x, *known.weights, *where, *known.options)
+
 
 def as_one(
+    module: nn.Module,
     x: Tensor,
     packed: Packed | None,
     parts: Callable[[], PostNorm | None],
     head_dim: int,
     causal: bool = False,
 ) -> Tensor | None:
-    """The layer on ``x``; None where it has to run op by op.
+    """The layer ``module`` on ``x``; None where it has to run op by op.
 
     Args:
         x: tokens ``(total_tokens, hidden)`` beside ``packed``; else ``(batch, seqlen, hidden)``, without any mask.
         parts: asked for only where a backend has the op; None if they are not what they were.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if _is_cast_or_traced():
         return None
     hidden = x.shape[-1]
     heads = hidden // max(head_dim, 1)
@@ -58,24 +92,28 @@ def as_one(
         return None
     if any(d.training and bypass.dropout_rate(d) > 0.0 for d in layer.dropouts):
         return None
-    in_turn = (layer.out, layer.norm1, layer.up, layer.down, layer.norm2)
-    ends = [t for m in in_turn for t in (m.weight, m.bias)]
+    ends = layer.ends()
     tensors = [*layer.in_weights, *layer.in_biases, *ends]
     needed = [*layer.in_biases, *(m.bias for m in (layer.out, *linears))]
     if any(t is None for t in needed) or not _fit(layer, hidden):
         return None
     if not _alike(x, [t for t in tensors if t is not None]):
         return None
+    weights = (layer.in_weights, layer.in_biases, *ends)
+    options = (heads, activation, causal, head_dim**-0.5, layer.norm1.eps, layer.norm2.eps)
+    known = _Known(Parts(module), causal, weights, options)
+    if known.parts.hindrance is None:
+        _known[module] = known
     if packed is None:
         longest = x.shape[-2]
         cu_seqlens = torch.arange(0, tokens.shape[0] + 1, longest, dtype=torch.int32, device=x.device)
     else:
         cu_seqlens, longest = packed.cu_seqlens, packed.max_seqlen
-    found = encoder_layer(
-        *(tokens, layer.in_weights, layer.in_biases, *ends, cu_seqlens, longest, heads, activation),
-        *(causal, head_dim**-0.5, layer.norm1.eps, layer.norm2.eps, backend),
-    )
-    return found.view(x.shape)
+    return encoder_layer(tokens, *weights, cu_seqlens, longest, *options, backend).view(x.shape)
+
+
+def _is_cast_or_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
 
 
 def _fit(layer: PostNorm, hidden: int) -> bool:

@@ -6,7 +6,7 @@ from ._adopt import adopt
 from ._attendance import Attendance, check_masks
 from ._blocks import add_norm, layer_norm, linear_activation, linear_product
 from ._layer import attendance_of, attention_block, calls_its_modules, feed_forward
-from ._whole import PostNorm, as_one
+from ._whole import PostNorm, as_before, as_one
 from .multihead_attention import inputs_fit, plain_attention
 
 
@@ -64,6 +64,9 @@ def _norm_last(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) 
 
 def _as_one(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> Tensor | None:
     """The layer as one op, where a backend has it and nothing is in its way."""
+    whole = as_before(layer, x, where.packed, where.causal)
+    if whole is not None:
+        return whole
     attention = layer.self_attn
 
     def of_one() -> PostNorm | None:
@@ -83,7 +86,7 @@ def _as_one(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> 
             dropouts=(layer.dropout, layer.dropout1, layer.dropout2),
         )
 
-    return as_one(x, where.packed, of_one, getattr(attention, "head_dim", 0), where.causal)
+    return as_one(layer, x, where.packed, of_one, getattr(attention, "head_dim", 0), where.causal)
 
 
 def _norm_first(layer: nn.TransformerEncoderLayer, x: Tensor, where: Attendance) -> Tensor:

@@ -6,6 +6,7 @@ No other backend needs it, and there is no backward: who calls it (:mod:`pytorch
 from torch import Tensor
 
 from ..backends import offered, why_not
+from ._direct import direct
 from ._raw import call, define
 
 
@@ -25,6 +26,16 @@ def encoder_layer(*arguments: Tensor | list[Tensor] | str | float | None) -> Ten
     or one, with the rows of all.
     """
     return call(encoder_layer_fwd, *arguments)
+
+
+def encoder_layer_direct(
+    tokens: Tensor, *arguments: Tensor | list[Tensor] | str | float | None
+) -> Tensor | None:
+    """The same without the backend, and with all checks; None where there is no short way for it.
+
+    ``tokens`` may be ``(batch, seqlen, hidden)``: without ``cu_seqlens`` all sequences have ``max_seqlen`` tokens.
+    """
+    return direct("encoder_layer", tokens, *arguments)
 
 
 def _fwd_fake(input, *others):

@@ -1,5 +1,7 @@
 """A layer as one op: taken where that is all that calling its modules would do, by models and by modules."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -109,3 +111,95 @@ def test_auto_takes_it_on_the_cpu(case, calls):
         got = run(real)
     assert [arguments[-1] for arguments in calls[2:]] == ["cpu", "cpu"]
     torch.testing.assert_close(got[real].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def _activation(layers):
+    """Another one, where the layer keeps it."""
+    if hasattr(layers[1], "linear1"):
+        layers[1].activation = nn.functional.gelu
+    else:
+        layers[1].intermediate.intermediate_act_fn = nn.ReLU()
+
+
+def _norm(layers):
+    return next(m for m in layers[1].modules() if isinstance(m, nn.LayerNorm))
+
+
+def _linear(layers):
+    return next(m for m in layers[1].modules() if isinstance(m, nn.Linear))
+
+
+CHANGES = {
+    "nothing": (lambda layers: None, True),
+    "gradients": (lambda layers: _linear(layers).requires_grad_(True), False),
+    "a weight in place": (lambda layers: _norm(layers).weight.data.mul_(2.0), True),
+    "the data of a weight": (
+        lambda layers: setattr(_norm(layers).weight, "data", torch.zeros(HIDDEN)),
+        False,
+    ),
+    "a weight": (lambda layers: setattr(_norm(layers), "weight", _frozen(torch.zeros(HIDDEN))), False),
+    "no bias": (lambda layers: setattr(_norm(layers), "bias", None), False),
+    "eps": (lambda layers: setattr(_norm(layers), "eps", 10.0), False),
+    "an activation": (_activation, False),
+    "a hook": (lambda layers: _linear(layers).register_forward_hook(lambda m, i, o: o * 2), False),
+    "a hook on all": (None, False),
+    "a forward of its own": (lambda layers: setattr(_linear(layers), "forward", lambda x: x), False),
+    "a class": (lambda layers: setattr(_norm(layers), "__class__", Doubled), False),
+    "a mode": (lambda layers: layers[1].train(), False),
+    "autocast": (None, False),
+}
+
+
+class Doubled(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def _frozen(t):
+    return nn.Parameter(t, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_it_remembers_is_looked_at_in_each_call(case, monkeypatch, change):
+    """``CHANGES``: what is done to the second layer, and whether what was known of it still serves."""
+    if reasons := backends.why_not("cpu", "encoder_layer"):
+        pytest.skip("; ".join(reasons))
+    encoder, layers, run = case
+    encoder.float()
+    direct, known = _whole.encoder_layer_direct, []
+    monkeypatch.setattr(
+        _whole, "encoder_layer_direct", lambda *args: known.append(direct(*args)) or known[-1]
+    )
+    real = padding_mask([9, 4, 6], 9)
+    for module in encoder.modules():  # so that in training it can be compared
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    with backends.use("cpu"):
+        run(real)
+        known.clear()
+        run(real)
+        assert len(known) == 2 and all(out is not None for out in known), "it was remembered"
+        known.clear()
+        act, holds = CHANGES[change]
+        if act:
+            act(layers)
+        with contextlib.ExitStack() as stack:
+            if change == "autocast":
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            if change == "a hook on all":
+                handle = nn.modules.module.register_module_forward_hook(
+                    lambda m, i, o: o * 2 if isinstance(m, nn.Linear) else None
+                )
+                stack.callback(handle.remove)
+            found = run(real)[real]
+            taken = [out is not None for out in known]
+            _whole._known.clear()
+            monkeypatch.setattr(_whole, "as_one", lambda *args: None)
+            for module in ("pytorch_ext.dropin._post_norm", "pytorch_ext.nn.transformer_encoder_layer"):
+                monkeypatch.setattr(f"{module}.as_one", lambda *args: None)
+            expected = run(real)[real]
+    torch.testing.assert_close(found, expected, rtol=1e-2 if change == "autocast" else 1e-4, atol=1e-4)
+    assert taken[:1] == ([True] if act else [])
+    assert any(taken[1:]) is holds

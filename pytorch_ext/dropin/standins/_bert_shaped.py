@@ -13,7 +13,7 @@ from .._encoder import has_foreign_layers, run_layers
 from .._huggingface import wanted
 from .._padding import Packed
 from .._padding import attention_mask as four_dimensional
-from .._post_norm import bert_parts, fused_layer, unhindered
+from .._post_norm import bert_parts, fused_layer
 from . import hf_attention  # noqa: F401  (registers the attention implementation)
 
 
@@ -79,9 +79,10 @@ class FusedLayer:
             or past_key_values is not None
             or wanted("output_attentions", self.attention.self.config, kwargs)
         )
-        parts = bert_parts(self)
-        if not asked_for_more and unhindered(parts, self.containers):
-            return fused_layer(self, parts, hidden_states, attention_mask, packed)
+        if not asked_for_more:
+            out = fused_layer(self, bert_parts, hidden_states, attention_mask, packed)
+            if out is not None:
+                return out
         return _encoder.original_layer(
             self,
             super().forward,

@@ -13,7 +13,7 @@ from .._encoder import has_foreign_layers, original_layer, run_layers
 from .._huggingface import wanted
 from .._padding import Packed
 from .._padding import attention_mask as four_dimensional
-from .._post_norm import PostNormParts, Sublayer, fused_layer, unhindered
+from .._post_norm import PostNormParts, Sublayer, fused_layer
 from . import hf_attention  # noqa: F401  (registers the attention implementation)
 
 
@@ -51,6 +51,22 @@ class PaddingFreeAlbertTransformer(albert.AlbertTransformer):
             yield from self.albert_layer_groups[int(i / (times / groups))].albert_layers
 
 
+def _parts(layer: nn.Module) -> PostNormParts:
+    attention = layer.attention
+    return PostNormParts(
+        containers=(attention,),
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        head_dim=attention.attention_head_size,
+        attention_dropout=attention.attention_dropout,
+        attention_output=Sublayer(attention.dense, attention.output_dropout, attention.LayerNorm),
+        up=layer.ffn,
+        activation=layer.activation,
+        output=Sublayer(layer.ffn_output, NO_DROPOUT, layer.full_layer_layer_norm),
+    )
+
+
 class FusedAlbertLayer(albert.AlbertLayer):
     containers = (albert.AlbertAttention,)
 
@@ -61,21 +77,10 @@ class FusedAlbertLayer(albert.AlbertLayer):
         packed: Packed | None = None,
         **kwargs,
     ) -> Tensor:
-        attention = self.attention
-        parts = PostNormParts(
-            containers=(attention,),
-            query=attention.query,
-            key=attention.key,
-            value=attention.value,
-            head_dim=attention.attention_head_size,
-            attention_dropout=attention.attention_dropout,
-            attention_output=Sublayer(attention.dense, attention.output_dropout, attention.LayerNorm),
-            up=self.ffn,
-            activation=self.activation,
-            output=Sublayer(self.ffn_output, NO_DROPOUT, self.full_layer_layer_norm),
-        )
-        if not wanted("output_attentions", self.config, kwargs) and unhindered(parts, self.containers):
-            return fused_layer(self, parts, hidden_states, attention_mask, packed)
+        if not wanted("output_attentions", self.config, kwargs):
+            out = fused_layer(self, _parts, hidden_states, attention_mask, packed)
+            if out is not None:
+                return out
         return original_layer(self, super().forward, hidden_states, attention_mask, packed, **kwargs)
 
 

@@ -1,4 +1,4 @@
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.distilbert import modeling_distilbert as distilbert
 
@@ -8,7 +8,7 @@ from .._encoder import has_foreign_layers, original_layer, run_layers
 from .._huggingface import config_of, wanted
 from .._padding import Packed
 from .._padding import attention_mask as four_dimensional
-from .._post_norm import PostNormParts, Sublayer, fused_layer, unhindered
+from .._post_norm import PostNormParts, Sublayer, fused_layer
 from . import hf_attention  # noqa: F401  (registers the attention implementation)
 
 
@@ -30,6 +30,22 @@ class PaddingFreeTransformer(distilbert.Transformer):
         return BaseModelOutput(last_hidden_state=last)
 
 
+def _parts(layer: nn.Module) -> PostNormParts:
+    attention, ffn = layer.attention, layer.ffn
+    return PostNormParts(
+        containers=(attention, ffn),
+        query=attention.q_lin,
+        key=attention.k_lin,
+        value=attention.v_lin,
+        head_dim=attention.attention_head_size,
+        attention_dropout=attention.dropout,
+        attention_output=Sublayer(attention.out_lin, NO_DROPOUT, layer.sa_layer_norm),
+        up=ffn.lin1,
+        activation=ffn.activation,
+        output=Sublayer(ffn.lin2, ffn.dropout, layer.output_layer_norm),
+    )
+
+
 class FusedTransformerBlock(distilbert.TransformerBlock):
     containers = (distilbert.DistilBertSelfAttention, distilbert.FFN)
 
@@ -40,21 +56,10 @@ class FusedTransformerBlock(distilbert.TransformerBlock):
         packed: Packed | None = None,
         **kwargs,
     ) -> Tensor:
-        attention, ffn = self.attention, self.ffn
-        parts = PostNormParts(
-            containers=(attention, ffn),
-            query=attention.q_lin,
-            key=attention.k_lin,
-            value=attention.v_lin,
-            head_dim=attention.attention_head_size,
-            attention_dropout=attention.dropout,
-            attention_output=Sublayer(attention.out_lin, NO_DROPOUT, self.sa_layer_norm),
-            up=ffn.lin1,
-            activation=ffn.activation,
-            output=Sublayer(ffn.lin2, ffn.dropout, self.output_layer_norm),
-        )
-        if not wanted("output_attentions", attention.config, kwargs) and unhindered(parts, self.containers):
-            return fused_layer(self, parts, hidden_states, attention_mask, packed)
+        if not wanted("output_attentions", self.attention.config, kwargs):
+            out = fused_layer(self, _parts, hidden_states, attention_mask, packed)
+            if out is not None:
+                return out
         return original_layer(self, super().forward, hidden_states, attention_mask, packed, **kwargs)
 
 

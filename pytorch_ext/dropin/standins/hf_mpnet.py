@@ -1,14 +1,14 @@
 """MPNet (Song et al. 2020, arXiv 2004.09297) adds a learned bias of the distance to every score, and so needs more than
 varlen attention: see ``_attention.py``."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.mpnet import modeling_mpnet as mpnet
 
 from .._embeddings import fused_embeddings, plain_embeddings, positions_after_padding
 from .._encoder import added_mask, has_foreign_layers, original_layer, run_layers
 from .._padding import Packed
-from .._post_norm import PostNormParts, Sublayer, fused_layer, unhindered
+from .._post_norm import PostNormParts, Sublayer, fused_layer
 from . import hf_attention  # noqa: F401  (registers the mask function)
 
 
@@ -41,6 +41,23 @@ class PaddingFreeMPNetEncoder(mpnet.MPNetEncoder):
         return BaseModelOutput(last_hidden_state=last, hidden_states=all_hidden_states)
 
 
+def _parts(layer: nn.Module) -> PostNormParts:
+    attention, intermediate, output = layer.attention, layer.intermediate, layer.output
+    inner = attention.attn
+    return PostNormParts(
+        containers=(attention, inner, intermediate, output),
+        query=inner.q,
+        key=inner.k,
+        value=inner.v,
+        head_dim=inner.attention_head_size,
+        attention_dropout=inner.dropout,
+        attention_output=Sublayer(inner.o, attention.dropout, attention.LayerNorm),
+        up=intermediate.dense,
+        activation=intermediate.intermediate_act_fn,
+        output=Sublayer(output.dense, output.dropout, output.LayerNorm),
+    )
+
+
 class FusedMPNetLayer(mpnet.MPNetLayer):
     containers = (mpnet.MPNetAttention, mpnet.MPNetSelfAttention, mpnet.MPNetIntermediate, mpnet.MPNetOutput)
 
@@ -53,22 +70,10 @@ class FusedMPNetLayer(mpnet.MPNetLayer):
         packed: Packed | None = None,
         **kwargs,
     ) -> tuple[Tensor, ...]:
-        attention, intermediate, output = self.attention, self.intermediate, self.output
-        inner = attention.attn
-        parts = PostNormParts(
-            containers=(attention, inner, intermediate, output),
-            query=inner.q,
-            key=inner.k,
-            value=inner.v,
-            head_dim=inner.attention_head_size,
-            attention_dropout=inner.dropout,
-            attention_output=Sublayer(inner.o, attention.dropout, attention.LayerNorm),
-            up=intermediate.dense,
-            activation=intermediate.intermediate_act_fn,
-            output=Sublayer(output.dense, output.dropout, output.LayerNorm),
-        )
-        if not output_attentions and unhindered(parts, self.containers):
-            return (fused_layer(self, parts, hidden_states, attention_mask, packed, position_bias),)
+        if not output_attentions:
+            out = fused_layer(self, _parts, hidden_states, attention_mask, packed, position_bias)
+            if out is not None:
+                return (out,)
         return original_layer(
             self,
             super().forward,

@@ -6,7 +6,7 @@ from .._blocks import fused_head_transform
 from .._embeddings import fused_embeddings, plain_embeddings
 from .._encoder import has_foreign_layers, original_layer, run_layers
 from .._padding import Packed
-from .._post_norm import bert_parts, fused_layer, unhindered
+from .._post_norm import bert_parts, fused_layer
 
 
 class PaddingFreeBertEncoder(bert.BertEncoder):
@@ -46,9 +46,9 @@ class FusedBertLayer(bert.BertLayer):
         packed: Packed | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if not output_attentions:
-            parts = bert_parts(self)
-            if unhindered(parts, self.containers):
-                return fused_layer(self, parts, hidden_states, attention_mask, packed), None
+            out = fused_layer(self, bert_parts, hidden_states, attention_mask, packed)
+            if out is not None:
+                return out, None
         forward = super().forward
         return original_layer(self, forward, hidden_states, attention_mask, packed, output_attentions)
 
