@@ -13,9 +13,12 @@ this machine can do (`op_limits`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ EAGER, COMPILE = "eager", "compile"
 COMPILE_MODE = "torch.compile(eager, dynamic=False), mode='default', compiled anew for each case"
 MODES = ("no grad", "forward", "backward")
 LARGEST_BYTES = 1e9  # that a case may move in float64 on a CPU
+INTERRUPTED = 130  # the status of who was stopped, as a shell has it
 SLOW = ("reference",)  # runs where it is asked for by name
 Tensors = dict[str, torch.Tensor]
 Function = Callable[..., torch.Tensor]
@@ -313,7 +317,7 @@ def default_names() -> list[str]:
 
 
 def main(name: str, about: str, cases: Callable[[bool], list[Case]], argv: list[str] | None = None) -> int:
-    """Run the cases of one benchmark; 1 when a contender broke the contract."""
+    """Run the cases of one benchmark; 1 when a contender broke the contract, 130 when it was stopped before the end."""
     options = arguments(name, about, argv)
     chosen = [case for case in cases(options.quick) if options.only in f"{case.name} {case.shape}"]
     if not chosen:
@@ -323,16 +327,36 @@ def main(name: str, about: str, cases: Callable[[bool], list[Case]], argv: list[
         torch.set_num_threads(options.threads)
     options.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # before this one adds to it
     limits = Limits(options.device, [DTYPES[dtype] for dtype in options.dtypes])
+    wanted = [(case, dtype) for dtype in options.dtypes for case in chosen]
     results = []
-    with Bar(len(chosen) * len(options.dtypes)) as progress:
-        for dtype in options.dtypes:
-            for case in chosen:
-                progress.start(f"{case.name} {case.shape} {dtype}")
-                results.append(run(case, dtype, options, limits, progress))
+    with Bar(len(wanted)) as progress, _terminated_as_interrupted(), contextlib.suppress(KeyboardInterrupt):
+        for case, dtype in wanted:
+            progress.start(f"{case.name} {case.shape} {dtype}")
+            results.append(run(case, dtype, options, limits, progress))
+    missing = len(wanted) - len(results)
+    if missing:
+        print(f"{name}: stopped, {missing} of {len(wanted)} cases are missing", file=sys.stderr)
+    if not results:
+        return INTERRUPTED
     found = op_report.as_record(name, results, options)
     print(op_report.as_text(found))
     if options.table:
         print("\n" + op_report.winners(found))
     if options.save is not None:
         print(f"\nrecord: {op_report.save(found, options.save)}")
+    if missing:
+        return INTERRUPTED
     return 1 if any(result.red for result in results) else 0
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A time limit's SIGTERM is what Ctrl-C is: what has been measured by then is not lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

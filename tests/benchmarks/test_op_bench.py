@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -340,3 +342,19 @@ def test_bad_input_is_one_sentence(arguments, sentence, capsys):
     assert sentence in capsys.readouterr().err
     assert bench_gelu.main(["--only", "nothing"]) == 2
     assert "no case has 'nothing'" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_a_time_limit_is_kept(tmp_path, monkeypatch, capsys):
+    run, file, before = op_bench.run, tmp_path / "record.json", signal.getsignal(signal.SIGTERM)
+
+    def limited(case, *others):
+        if case.op == "bias_gelu":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(case, *others)
+
+    monkeypatch.setattr(op_bench, "run", limited)
+    assert bench_gelu.main([*QUICK, "--save", str(file)]) == 130
+    assert [case["name"] for case in json.loads(file.read_text())["cases"]] == ["gelu"]
+    assert "stopped, 1 of 2 cases are missing" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert bench_gelu.main([*QUICK, "--only", "bias_gelu"]) == 130, "there is nothing to show"
