@@ -102,7 +102,8 @@ def as_one(
     weights = (layer.in_weights, layer.in_biases, *ends)
     options = (heads, activation, causal, head_dim**-0.5, layer.norm1.eps, layer.norm2.eps)
     known = _Known(Parts(module), causal, weights, options)
-    if known.parts.hindrance is None:
+    # (Who replaces `forward` keeps the method of old in the module, which would then never be let go.)
+    if known.parts.hindrance is None and "forward" not in vars(module):
         _known[module] = known
     if packed is None:
         longest = x.shape[-2]
