@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> dropout_add_layer_norm_grad(const Tensor& input, cons
 
 std::optional<std::tuple<Tensor, Tensor>> dropout_add_layer_norm_direct(
     const Argument& input, const Argument& residual, const Argument& weight, const Argument& bias,
-    const Argument& input_bias, Number dropout_p, Number eps, bool prenorm) {
+    const Argument& input_bias, Number dropout_p, bool training, Number eps, bool prenorm) {
     if (!usual({&input, &residual, &weight, &bias, &input_bias}) || !input.floating() || !input->dim() ||
         !is_parameter(residual, input, input->sizes()) || !is_probability(dropout_p))
         return {};
@@ -152,13 +152,13 @@ std::optional<std::tuple<Tensor, Tensor>> dropout_add_layer_norm_direct(
         !is_norm_parameter(bias, input, hidden) ||
         (input_bias.given() && !is_parameter(input_bias, input, hidden)))
         return {};
+    const double p = training ? dropout_p.value : 0.0;
     return compute([&] {
-        const OptionalTensor b = bias.optional(), c = input_bias.optional(), rng = draw_rng(dropout_p);
+        const OptionalTensor b = bias.optional(), c = input_bias.optional(), rng = draw_rng(p);
         if (wants_grad({&input, &residual, &weight, &bias, &input_bias}))
-            return dropout_add_layer_norm_grad(*input, *residual, *weight, b, c, rng, dropout_p, eps,
-                                               prenorm);
+            return dropout_add_layer_norm_grad(*input, *residual, *weight, b, c, rng, p, eps, prenorm);
         const auto [out, sum, mean, rstd] =
-            dropout_add_layer_norm_fwd(*input, *residual, *weight, b, c, rng, dropout_p, eps);
+            dropout_add_layer_norm_fwd(*input, *residual, *weight, b, c, rng, p, eps);
         return std::tuple(out, sum);
     });
 }

@@ -226,7 +226,8 @@ std::optional<Tensor> embedding_layer_norm_direct(const Argument& word, const Ar
                                                   const Argument& position_ids, const Argument& position,
                                                   const Argument& token_type, const Argument& weight,
                                                   const Argument& bias, Number eps,
-                                                  std::optional<int64_t> padding_idx, Number dropout_p) {
+                                                  std::optional<int64_t> padding_idx, Number dropout_p,
+                                                  bool training) {
     if (!usual({&input_ids, &token_type_ids, &position_ids, &word, &position, &token_type, &weight, &bias}) ||
         !word.floating() || word->dim() != 2 || !are_ids(input_ids) || !is_probability(dropout_p))
         return {};
@@ -237,11 +238,12 @@ std::optional<Tensor> embedding_layer_norm_direct(const Argument& word, const Ar
         !are_rows_of(*word, *input_ids) || !is_lookup(token_type_ids, token_type, input_ids, word) ||
         !is_lookup(position_ids, position, input_ids, word))
         return {};
+    const double p = training ? dropout_p.value : 0.0;
     return compute([&] {
         const auto call = [&](auto function, auto... more) {
             return function(*input_ids, token_type_ids.optional(), position_ids.optional(), *word,
-                            position.optional(), token_type.optional(), *weight, bias.optional(),
-                            draw_rng(dropout_p), dropout_p, eps, more...);
+                            position.optional(), token_type.optional(), *weight, bias.optional(), draw_rng(p),
+                            p, eps, more...);
         };
         if (!wants_grad({&word, &position, &token_type, &weight, &bias}))
             return std::get<0>(call(embedding_layer_norm_fwd));

@@ -47,9 +47,8 @@ class Parts:
         hooks = [state[kind] for state in self._states[1:] for kind in _HOOKS]
         self._silent, self._hooks = [h for h in hooks if not h], [h for h in hooks if h]
         self._ids = list(map(list, self._hooks))
-        self._attributes = _Entries(
-            self._states, hidden="_"
-        )  # modes and rates, a `forward` of an instance's own
+        # Modes and rates, and a `forward` of an instance's own.
+        self._attributes = _Entries(self._states, hidden="_")
         self.hindrance = self._hindrance(encoder)
         self._addresses = self._places()
 

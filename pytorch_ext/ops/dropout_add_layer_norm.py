@@ -51,8 +51,8 @@ def dropout_add_layer_norm(
         ValueError: ``dropout_p`` outside [0, 1].
         RuntimeError: a shape, dtype or device that does not fit.
     """
-    p = dropout_p if training else 0.0
-    outs = direct("dropout_add_layer_norm", input, residual, weight, bias, input_bias, p, eps, prenorm)
+    options = (dropout_p, training, eps, prenorm)
+    outs = direct("dropout_add_layer_norm", input, residual, weight, bias, input_bias, *options)
     if outs is not None:
         return outs if prenorm else outs[0]
     check.floating("input", input)

@@ -57,8 +57,8 @@ def embedding_layer_norm(
         RuntimeError: a shape, dtype or device that does not fit.
     """
     ids = (input_ids, token_type_ids, position_ids)
-    p = dropout_p if training else 0.0
-    out = direct("embedding_layer_norm", word, *ids, position, token_type, weight, bias, eps, padding_idx, p)
+    options = (eps, padding_idx, dropout_p, training)
+    out = direct("embedding_layer_norm", word, *ids, position, token_type, weight, bias, *options)
     if out is not None:
         return out
     check.floating("word", word)

@@ -153,6 +153,11 @@ def test_float64_and_other_types_of_arguments(answers):
             ops.linear(x, [1.0], b)
         with pytest.raises(backends.BackendError, match="float64"):
             ops.gelu(x.double())
+        with pytest.raises(ValueError, match=r"dropout_p: expected a probability"):
+            ops.dropout_add_layer_norm(x, x, torch.ones(8), dropout_p=2.0, training=False)
+        with pytest.raises(ValueError, match=r"dropout_p: expected a probability"):
+            options = {"eps": 1e-5, "dropout_p": -1.0, "training": False}
+            ops.embedding_layer_norm(torch.tensor([1]), None, None, w, None, None, w[0], None, **options)
     with pytest.raises(TypeError, match=r"input: expected a torch.Tensor"):
         ops.layer_norm([1.0, 2.0], 2)
     assert not any(a for found in answers.values() for a in found)
