@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..backends._registry import direct_function
 from ..ops.encoder_layer import backend_of, encoder_layer, encoder_layer_direct
 from . import _bypass as bypass
 from ._padding import Packed
@@ -101,10 +102,11 @@ def as_one(
         return None
     weights = (layer.in_weights, layer.in_biases, *ends)
     options = (heads, activation, causal, head_dim**-0.5, layer.norm1.eps, layer.norm2.eps)
-    known = _Known(Parts(module), causal, weights, options)
     # (Who replaces `forward` keeps the method of old in the module, which would then never be let go.)
-    if known.parts.hindrance is None and "forward" not in vars(module):
-        _known[module] = known
+    if direct_function(backend, "encoder_layer") and "forward" not in vars(module):
+        known = _Known(Parts(module), causal, weights, options)
+        if known.parts.hindrance is None:
+            _known[module] = known
     if packed is None:
         longest = x.shape[-2]
         cu_seqlens = torch.arange(0, tokens.shape[0] + 1, longest, dtype=torch.int32, device=x.device)
